@@ -1,0 +1,1 @@
+"""What every program of the project needs of Kubernetes: client, caches, certificates, serving."""

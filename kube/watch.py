@@ -1,0 +1,184 @@
+"""A cache of objects that follows kube-apiserver by list and watch.
+
+What client-go calls a reflector and a store, in one. Programs decide from caches and are woken by a `Signal`: they look
+at all of the state each time instead of reacting to single events, so an event that was missed can't make them wrong.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Generic, NamedTuple, NoReturn, TypeVar
+
+from kube.client import Client, Json, Resource
+from kube.status import StatusError
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_FIRST_DELAY = 0.25
+_LONGEST_DELAY = 30.0
+
+
+class Key(NamedTuple):
+    """Where an object lives; the namespace is None for a cluster-scoped one."""
+
+    namespace: str | None
+    name: str
+
+
+class Signal:
+    """Wakes one waiter. Setting it many times before it is waited for is the same as setting it once."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    def set(self) -> None:
+        self._event.set()
+
+    async def wait(self, timeout: float | None = None) -> bool:  # noqa: ASYNC109 - a pause, not a deadline of a request
+        """Wait for `set`, at most `timeout` seconds, and clear it. True when it was set."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self._event.wait()
+        except TimeoutError:
+            return False
+        self._event.clear()
+        return True
+
+
+class Cache(Generic[T]):
+    """All objects of a resource that match the selectors, each read by `parse`.
+
+    An object that `parse` refuses (by a `ValueError`, as pydantic does) is left out of `objects`, listed in
+    `unparsable` with the reason, and logged: it never takes the others with it. `on_change` is called after each change
+    with its key.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        resource: Resource,
+        parse: Callable[[Json], T],
+        *,
+        namespace: str | None = None,
+        label_selector: str = "",
+        field_selector: str = "",
+        metadata_only: bool = False,
+        on_change: Callable[[Key], None] | None = None,
+    ) -> None:
+        self._client = client
+        self._resource = resource
+        self._parse = parse
+        self._namespace = namespace
+        self._label_selector = label_selector
+        self._field_selector = field_selector
+        self._metadata_only = metadata_only
+        self._on_change = on_change
+        self._objects: dict[Key, T] = {}
+        self._versions: dict[Key, str] = {}
+        self._unparsable: dict[Key, str] = {}
+        self._synced = asyncio.Event()
+
+    @property
+    def objects(self) -> Mapping[Key, T]:
+        return MappingProxyType(self._objects)
+
+    @property
+    def unparsable(self) -> Mapping[Key, str]:
+        """Objects that could not be read, and why."""
+        return MappingProxyType(self._unparsable)
+
+    @property
+    def is_synced(self) -> bool:
+        """Whether the first list has been read: until then an absent object may well exist."""
+        return self._synced.is_set()
+
+    async def synced(self) -> None:
+        await self._synced.wait()
+
+    def get(self, name: str, namespace: str | None = None) -> T | None:
+        return self._objects.get(Key(namespace, name))
+
+    async def run(self) -> NoReturn:
+        """Follow for ever. Whatever kube-apiserver answers, the last known state stays and the next try comes."""
+        delay = _FIRST_DELAY
+        while True:
+            try:
+                version = await self._list()
+                delay = _FIRST_DELAY
+                while True:
+                    version = await self._follow(version)
+                    await asyncio.sleep(_FIRST_DELAY)  # a server that ends every watch at once is not run over
+            except StatusError as error:
+                if error.code != 410:
+                    _log.warning("following %s failed: %s", self._resource.plural, error.message)
+                    # Spread, so that a thousand agents don't come back in step.
+                    await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311
+                    delay = min(delay * 2, _LONGEST_DELAY)
+
+    async def _list(self) -> str:
+        listed = await self._client.list(
+            self._resource,
+            namespace=self._namespace,
+            label_selector=self._label_selector,
+            field_selector=self._field_selector,
+            metadata_only=self._metadata_only,
+        )
+        seen = set()
+        for item in listed.items:
+            seen.add(_key(item))
+            self._put(item)
+        for key in self._versions.keys() - seen:
+            self._remove(key)
+        self._synced.set()
+        return listed.resource_version
+
+    async def _follow(self, version: str) -> str:
+        async for event in self._client.watch(
+            self._resource,
+            resource_version=version,
+            namespace=self._namespace,
+            label_selector=self._label_selector,
+            field_selector=self._field_selector,
+            metadata_only=self._metadata_only,
+        ):
+            version = event.object["metadata"]["resourceVersion"]
+            if event.type == "DELETED":
+                self._remove(_key(event.object))
+            elif event.type != "BOOKMARK":
+                self._put(event.object)
+        return version
+
+    def _put(self, item: Json) -> None:
+        key = _key(item)
+        version = item["metadata"]["resourceVersion"]
+        if self._versions.get(key) == version:
+            return
+        self._versions[key] = version
+        try:
+            self._objects[key] = self._parse(item)
+            self._unparsable.pop(key, None)
+        except ValueError as error:
+            self._objects.pop(key, None)
+            self._unparsable[key] = str(error)
+            _log.warning("%s %s can't be read: %s", self._resource.kind, "/".join(filter(None, key)), error)
+        self._changed(key)
+
+    def _remove(self, key: Key) -> None:
+        known = self._versions.pop(key, None)
+        self._objects.pop(key, None)
+        self._unparsable.pop(key, None)
+        if known is not None:
+            self._changed(key)
+
+    def _changed(self, key: Key) -> None:
+        if self._on_change is not None:
+            self._on_change(key)
+
+
+def _key(item: Json) -> Key:
+    metadata = item["metadata"]
+    return Key(metadata.get("namespace"), metadata["name"])
