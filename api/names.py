@@ -1,0 +1,66 @@
+"""Names that reach a path, a URL or a certificate: how they are made, and how a foreign one is told from ours.
+
+Standard library only, since the capturer makes file names.
+"""
+
+import re
+import time
+
+SUFFIX = ".pcap"
+
+_LONGEST_POD = 150
+_UID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+_DNS_LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+_DNS_SUBDOMAIN = re.compile(rf"{_DNS_LABEL}(\.{_DNS_LABEL})*")
+_UNSAFE_IN_INTERFACE = re.compile(r"[^A-Za-z0-9.@+-]")
+_FILE_NAME = re.compile(
+    r"[a-z0-9][-a-z0-9.]{0,149}_[A-Za-z0-9.@+=-]{1,15}-\d{8}T\d{6}\.\d{9}Z-[0-9a-f]{8}-\d{1,10}" + re.escape(SUFFIX)
+)
+
+
+def file_name(*, pod: str, interface: str, created_ns: int, pod_uid: str, sequence: int) -> str:
+    """The name of a capture file, given at its creation (`created_ns`: nanoseconds since 1970) and never changed.
+
+    `<pod, at most 150 characters>_<interface>-<UTC time>-<pod UID, 8>-<sequence>.pcap`. A character of the interface's
+    name that is not safe in a path or URL becomes `=`; the kernel allows all but `/` and white space (dev_valid_name).
+    """
+    if not is_uid(pod_uid):
+        raise ValueError(f"{pod_uid!r} is no UID")
+    if not is_dns_subdomain(pod):
+        raise ValueError(f"{pod!r} is no name of a pod")
+    interface = _UNSAFE_IN_INTERFACE.sub("=", interface)[:15]
+    name = f"{pod[:_LONGEST_POD]}_{interface}-{_compact_time(created_ns)}-{pod_uid[:8]}-{sequence}{SUFFIX}"
+    if not is_file_name(name):
+        raise ValueError(f"{name!r} can't name a capture file")
+    return name
+
+
+def is_file_name(text: str) -> bool:
+    """Whether `file_name` could have made it: so it is no path, not hidden, and needs no quoting in a URL."""
+    return _FILE_NAME.fullmatch(text) is not None
+
+
+def is_uid(text: str) -> bool:
+    """Whether it is a UID as kube-apiserver gives them (RFC 9562, lower case)."""
+    return _UID.fullmatch(text) is not None
+
+
+def is_dns_subdomain(text: str) -> bool:
+    """Whether it can name a node, a pod or another object (RFC 1123 subdomain)."""
+    return len(text) <= 253 and _DNS_SUBDOMAIN.fullmatch(text) is not None
+
+
+def agent_server_name(node: str) -> str:
+    """The DNS name in the certificate of the node's agent; it is resolved nowhere."""
+    return f"{node}.agent.kubepcap"
+
+
+def format_time(nanoseconds: int) -> str:
+    """RFC 3339, UTC, nanoseconds, from nanoseconds since 1970."""
+    seconds, fraction = divmod(nanoseconds, 1_000_000_000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{fraction:09d}Z"
+
+
+def _compact_time(nanoseconds: int) -> str:
+    seconds, fraction = divmod(nanoseconds, 1_000_000_000)
+    return f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(seconds))}.{fraction:09d}Z"

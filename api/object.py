@@ -1,0 +1,87 @@
+"""What all objects share: how they are read and written, metadata, conditions."""
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, WithJsonSchema
+from pydantic.alias_generators import to_camel
+
+GROUP = "kubepcap.io"
+SUBRESOURCES_GROUP = "subresources.kubepcap.io"
+VERSION = "v1"
+
+
+def format_timestamp(moment: datetime) -> str:
+    """`metav1.Time`: RFC 3339, UTC, whole seconds."""
+    from datetime import UTC
+
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+Timestamp = Annotated[
+    AwareDatetime,
+    PlainSerializer(format_timestamp, return_type=str),
+    WithJsonSchema({"type": "string", "format": "date-time"}),
+]
+"""`metav1.Time`."""
+
+
+class Model(BaseModel):
+    """Immutable, camelCase on the wire; fields that this release does not know are ignored."""
+
+    model_config = ConfigDict(
+        alias_generator=to_camel,
+        validate_by_name=True,
+        validate_by_alias=True,
+        serialize_by_alias=True,
+        frozen=True,
+        use_attribute_docstrings=True,
+    )
+
+    def to_json(self) -> dict[str, Any]:
+        """As Kubernetes writes it: camelCase, absent fields left out."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+class OwnerReference(Model):
+    api_version: str
+    kind: str
+    name: str
+    uid: str
+
+
+class ObjectMeta(Model):
+    """Those fields of `metav1.ObjectMeta` that decisions need."""
+
+    name: str = ""
+    namespace: str | None = None
+    uid: str = ""
+    resource_version: str = ""
+    generation: int = 0
+    creation_timestamp: Timestamp | None = None
+    deletion_timestamp: Timestamp | None = None
+    labels: dict[str, str] = Field(default_factory=dict)
+    annotations: dict[str, str] = Field(default_factory=dict)
+
+
+class Condition(Model):
+    """`metav1.Condition`: one aspect of the state, with a reason for programs and a message for people."""
+
+    type: str
+    status: Literal["True", "False", "Unknown"]
+    reason: Annotated[str, Field(max_length=1024)]
+    message: Annotated[str, Field(max_length=32768)] = ""
+    last_transition_time: Timestamp
+    observed_generation: int | None = None
+
+
+def explain(error: ValidationError, *, root: str = "") -> str:
+    """What is wrong with a value from outside, in words a person can act on: `spec.filters[0].ports[0]: …`."""
+    lines = []
+    for problem in error.errors(include_url=False, include_context=False, include_input=False):
+        path = root
+        for part in problem["loc"]:
+            path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+        message = problem["msg"].removeprefix("Value error, ")
+        lines.append(f"{path}: {message}" if path else message)
+    return "; ".join(lines)
