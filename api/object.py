@@ -1,6 +1,6 @@
 """What all objects share: how they are read and written, metadata, conditions."""
 
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, WithJsonSchema
@@ -13,8 +13,6 @@ VERSION = "v1"
 
 def format_timestamp(moment: datetime) -> str:
     """`metav1.Time`: RFC 3339, UTC, whole seconds."""
-    from datetime import UTC
-
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 

@@ -3,7 +3,7 @@
 import re
 from datetime import timedelta
 from decimal import Decimal
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
@@ -24,7 +24,7 @@ _DURATION_PART = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)(d|h|ms|m|s)")
 _DURATION = re.compile(rf"(?:{_DURATION_PART.pattern})+")
 
 
-def parse_quantity(value: Any) -> int:
+def parse_quantity(value: object) -> int:
     """Bytes, from a number or a Kubernetes quantity (`resource.Quantity`) of whole bytes. Raises `ValueError`."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
@@ -35,7 +35,7 @@ def parse_quantity(value: Any) -> int:
     raise ValueError(f"{value!r} is no size: give bytes, or a number with k, M, G, Ki, Mi or Gi, such as 10M")
 
 
-def parse_duration(value: Any) -> timedelta:
+def parse_duration(value: object) -> timedelta:
     """A duration as Go writes it (`time.ParseDuration`), and with `d` for days. Raises `ValueError`."""
     if isinstance(value, timedelta):
         return value

@@ -1,0 +1,77 @@
+"""`CaptureNode`: what a node's agent says of itself and of each capture.
+
+One writer per object: the agent of that node.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from api.object import Model, ObjectMeta, Timestamp
+from api.packetcapture import Phase
+
+LONGEST_MESSAGE = 512
+
+
+class Disk(Model):
+    """The file system that holds the capture files, in bytes."""
+
+    capacity: int
+    """Its size."""
+    free: int
+    """What is free of it."""
+    used: int
+    """What capture files take of it."""
+
+
+class NodeCapture(Model):
+    """One capture, as seen from this node."""
+
+    namespace: str
+    """The capture's namespace."""
+    name: str
+    """The capture's name."""
+    uid: str
+    """The capture's UID: another capture of the same name is another capture."""
+    state: Phase
+    """Its state on this node."""
+    reason: Annotated[str, Field(max_length=128)] = ""
+    """Why, in one word."""
+    message: Annotated[str, Field(max_length=LONGEST_MESSAGE)] = ""
+    """Why, in words a person can act on."""
+    pods: int = 0
+    """Pods that are captured."""
+    files: int = 0
+    """Files of it that lie on this node."""
+    packets: int = 0
+    """Packets written."""
+    bytes: int = 0
+    """Size of its files."""
+    dropped: int = 0
+    """Packets that passed the filter and were lost."""
+
+
+class CaptureNodeStatus(Model):
+    """Written by the node's agent alone."""
+
+    heartbeat_time: Timestamp | None = None
+    """When the agent last said anything."""
+    pod: str = ""
+    """The agent's pod."""
+    version: str = ""
+    """The agent's version."""
+    disk: Disk | None = None
+    """The file system that holds the capture files."""
+    captures: Annotated[list[NodeCapture], Field(max_length=2000)] = Field(default_factory=list)
+    """Captures that concern this node: they match a pod of it, or have files on it."""
+
+
+class CaptureNode(Model):
+    """A node that captures, named after it."""
+
+    metadata: ObjectMeta
+    status: CaptureNodeStatus = Field(default_factory=CaptureNodeStatus)
+    """What the node's agent says."""
+
+    def capture(self, uid: str) -> NodeCapture | None:
+        return next((capture for capture in self.status.captures if capture.uid == uid), None)
