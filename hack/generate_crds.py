@@ -1,4 +1,4 @@
-"""Write the CustomResourceDefinitions in manifests/crds from the models in api/: `hack/run python -m hack.generate_crds`."""
+"""Write the CustomResourceDefinitions in manifests/crds from the models: `hack/run python -m hack.generate_crds`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
