@@ -1,0 +1,312 @@
+"""Who makes a request: kube-apiserver's word for it, or a token's.
+
+kube-apiserver, acting as front proxy, names the user in headers. Anyone can write such headers, so they count only on a
+connection whose client certificate chains to the CA for front proxies, and only from a name on its list. CA, names and
+headers come from a ConfigMap that kube-apiserver publishes; they are followed while the server runs.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import json
+import logging
+import re
+import secrets
+import ssl
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Protocol
+from urllib.parse import unquote
+from weakref import WeakKeyDictionary
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
+from multidict import CIMultiDictProxy
+
+from apiserver.aggregation.answers import Answers
+from kube.client import CONFIGMAPS, TOKENREVIEWS, Client, Json
+from kube.status import StatusError, internal_error, unauthorized
+from kube.watch import Cache, Key
+
+_log = logging.getLogger(__name__)
+
+_CONFIGMAP_NAMESPACE = "kube-system"
+_CONFIGMAP_NAME = "extension-apiserver-authentication"
+_AUTHENTICATED = "system:authenticated"
+_UNAUTHENTICATED = "system:unauthenticated"
+_ANONYMOUS = "system:anonymous"
+_REVIEW_LIFETIME = 10.0
+_REVIEW_PATIENCE = 10.0
+_REVIEWS = 4096
+
+Headers = CIMultiDictProxy[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class User:
+    """`k8s.io/apiserver/pkg/authentication/user.Info`."""
+
+    name: str
+    uid: str = ""
+    groups: tuple[str, ...] = ()
+    extra: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+ANONYMOUS = User(name=_ANONYMOUS, groups=(_UNAUTHENTICATED,))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontProxy:
+    """How front proxies prove themselves and name users. An empty `allowed_names` allows any name."""
+
+    client_ca: bytes
+    authorities: Mapping[bytes, x509.Certificate]
+    allowed_names: tuple[str, ...]
+    username_headers: tuple[str, ...]
+    uid_headers: tuple[str, ...]
+    group_headers: tuple[str, ...]
+    extra_header_prefixes: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, configmap: Json) -> "FrontProxy":
+        """Read kube-apiserver's ConfigMap. Raises `ValueError` when it says nothing usable of front proxies."""
+        data = configmap.get("data") or {}
+        client_ca = str(data.get("requestheader-client-ca-file", "")).encode()
+        if not client_ca.strip():
+            raise ValueError("it has no requestheader-client-ca-file: kube-apiserver runs without an aggregation layer")
+        authorities = x509.load_pem_x509_certificates(client_ca)
+        return cls(
+            client_ca=client_ca,
+            authorities={authority.public_bytes(Encoding.DER): authority for authority in authorities},
+            allowed_names=_strings(data, "requestheader-allowed-names"),
+            username_headers=_strings(data, "requestheader-username-headers"),
+            # Published since Kubernetes 1.33; the aggregator of 1.32 and later never lets a user's own one through.
+            uid_headers=_strings(data, "requestheader-uid-headers") or ("X-Remote-Uid",),
+            group_headers=_strings(data, "requestheader-group-headers"),
+            extra_header_prefixes=_strings(data, "requestheader-extra-headers-prefix"),
+        )
+
+    def allows(self, common_name: str) -> bool:
+        return not self.allowed_names or common_name in self.allowed_names
+
+    def user(self, headers: Headers) -> User | None:
+        """The user whom the headers name; None when they name nobody.
+
+        Raises `ValueError` for bytes that are not UTF-8: no such name can exist, and passing it on would change it.
+        """
+        name = _value(headers, self.username_headers)
+        if not name:
+            return None
+        user = User(
+            name=name,
+            uid=_value(headers, self.uid_headers),
+            groups=tuple(group for header in self.group_headers for group in headers.getall(header, ()) if group),
+            extra=_extra(headers, self.extra_header_prefixes),
+        )
+        for text in (user.name, user.uid, *user.groups, *user.extra, *(v for vs in user.extra.values() for v in vs)):
+            if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+                raise ValueError("the headers that name the user are not UTF-8")
+        return user
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A client certificate that was verified when its connection was made, and the CAs (DER) trusted at that time."""
+
+    certificate: x509.Certificate
+    trusted_then: frozenset[bytes]
+
+    @property
+    def common_name(self) -> str:
+        names = self.certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+        return str(names[-1].value) if names else ""
+
+    def is_trusted(self, authorities: Mapping[bytes, x509.Certificate], now: datetime) -> bool:
+        """Whether the certificate holds now, under CAs (by their DER) that may have changed since.
+
+        It does when every CA that may have verified it is still trusted, or when one of today's has issued it.
+        """
+        if not self.certificate.not_valid_before_utc <= now <= self.certificate.not_valid_after_utc:
+            return False
+        if self.trusted_then and self.trusted_then <= authorities.keys():
+            return True
+        return any(_issued(authority, self.certificate) for authority in authorities.values())
+
+
+class Connection(Protocol):
+    """What `asyncio.BaseTransport` tells of a connection."""
+
+    def get_extra_info(self, name: str, /) -> object: ...
+
+
+class Authenticator:
+    """Names the user of each request, from front-proxy headers or, failing that, a bearer token."""
+
+    def __init__(
+        self,
+        client: Client,
+        *,
+        on_trust: Callable[[bytes], None],
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        """`on_trust` is told the CA of front proxies (PEM) whenever it changes, and has new connections verified by it.
+
+        It may raise `ssl.SSLError` to say that it can't; then what was known before stays in force.
+        """
+        self._client = client
+        self._on_trust = on_trust
+        self._now = now
+        self._front_proxy: FrontProxy | None = None
+        self._peers: WeakKeyDictionary[object, Peer] = WeakKeyDictionary()
+        self._reviews: Answers[bytes, User | None] = Answers(lifetime=_REVIEW_LIFETIME, size=_REVIEWS)
+        self._review_key = secrets.token_bytes(32)
+        self._configmaps = Cache(
+            client,
+            CONFIGMAPS,
+            FrontProxy.parse,
+            namespace=_CONFIGMAP_NAMESPACE,
+            field_selector=f"metadata.name={_CONFIGMAP_NAME}",
+            on_change=self._changed,
+        )
+
+    async def run(self) -> None:
+        """Follow the ConfigMap for ever."""
+        await self._configmaps.run()
+
+    def check(self) -> str | None:
+        """What is missing before users can be told apart."""
+        if self._front_proxy is not None:
+            return None
+        unreadable = self._configmaps.unparsable.get(Key(_CONFIGMAP_NAMESPACE, _CONFIGMAP_NAME), "not read yet")
+        return f"ConfigMap {_CONFIGMAP_NAMESPACE}/{_CONFIGMAP_NAME}: {unreadable}"
+
+    async def authenticate(self, headers: Headers, connection: Connection | None) -> User:
+        """The user, as a member of `system:authenticated`.
+
+        Raises `StatusError`: 401 when nobody is named or the token is not valid, 500 when the token could not be
+        checked. `Impersonate-*` headers mean nothing here: kube-apiserver has already acted on them.
+        """
+        user = self._named_by_front_proxy(headers, connection)
+        if user is None:
+            scheme, _, token = headers.get("Authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not token.strip():
+                raise unauthorized()
+            user = await self._named_by_token(token.strip())
+        if user is None:
+            raise unauthorized()
+        return _with_authenticated(user)
+
+    def _named_by_front_proxy(self, headers: Headers, connection: Connection | None) -> User | None:
+        front_proxy = self._front_proxy
+        if front_proxy is None or connection is None:
+            return None
+        peer = self._peer(connection)
+        if peer is None:
+            return None
+        if not front_proxy.allows(peer.common_name):
+            _log.warning("a front proxy's certificate names %r, which is not allowed", peer.common_name)
+            return None
+        if not peer.is_trusted(front_proxy.authorities, self._now()):
+            _log.warning("the certificate of front proxy %r no longer holds", peer.common_name)
+            return None
+        try:
+            return front_proxy.user(headers)
+        except ValueError as error:
+            raise unauthorized(f"Unauthorized: {error}") from error
+
+    def _peer(self, connection: Connection) -> Peer | None:
+        if (known := self._peers.get(connection)) is not None:
+            return known
+        tls = connection.get_extra_info("ssl_object")
+        if not isinstance(tls, ssl.SSLObject) or (certificate := tls.getpeercert(binary_form=True)) is None:
+            return None
+        # With a verify mode other than CERT_NONE, OpenSSL has no peer certificate that it did not verify.
+        trusted = frozenset(tls.context.get_ca_certs(binary_form=True))
+        peer = Peer(x509.load_der_x509_certificate(certificate), trusted)
+        self._peers[connection] = peer
+        return peer
+
+    async def _named_by_token(self, token: str) -> User | None:
+        key = hmac.digest(self._review_key, token.encode(errors="surrogateescape"), hashlib.sha256)
+        return await self._reviews.get(key, lambda: self._review(token))
+
+    async def _review(self, token: str) -> User | None:
+        body = {"apiVersion": TOKENREVIEWS.api_version, "kind": TOKENREVIEWS.kind, "spec": {"token": token}}
+        try:
+            async with asyncio.timeout(_REVIEW_PATIENCE):
+                review = await self._client.create(TOKENREVIEWS, body)
+            return reviewed_user(review.get("status") or {})
+        except (StatusError, TimeoutError, ValueError) as error:
+            _log.error("TokenReview failed: %s", error)
+            raise internal_error("Internal error occurred: the token could not be checked") from None
+
+    def _changed(self, key: Key) -> None:
+        front_proxy = self._configmaps.objects.get(key)
+        if front_proxy is None:
+            _log.warning("the ConfigMap %s/%s is gone or unusable; what it said last stays in force", *key)
+            return
+        if self._front_proxy is None or front_proxy.client_ca != self._front_proxy.client_ca:
+            try:
+                self._on_trust(front_proxy.client_ca)
+            except ssl.SSLError as error:
+                _log.warning("the CA of front proxies can't be used, the last one stays in force: %s", error)
+                return
+        self._front_proxy = front_proxy
+
+
+def reviewed_user(status: Json) -> User | None:
+    """The user of a TokenReview's status, None when the token is not valid.
+
+    Raises `ValueError` for an answer without a user name.
+    """
+    if status.get("authenticated") is not True:
+        return None
+    user = status.get("user") or {}
+    if not user.get("username"):
+        raise ValueError("the review names no user")
+    return User(
+        name=user["username"],
+        uid=user.get("uid") or "",
+        groups=tuple(user.get("groups") or ()),
+        extra={key: tuple(values) for key, values in (user.get("extra") or {}).items()},
+    )
+
+
+def _with_authenticated(user: User) -> User:
+    if user.name == _ANONYMOUS or _AUTHENTICATED in user.groups or _UNAUTHENTICATED in user.groups:
+        return user
+    return replace(user, groups=(*user.groups, _AUTHENTICATED))
+
+
+def _strings(data: Mapping[str, str], key: str) -> tuple[str, ...]:
+    values = json.loads(data.get(key) or "[]")
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"{key} is no list of strings")
+    return tuple(value.strip() for value in values if value.strip())
+
+
+def _value(headers: Headers, names: Sequence[str]) -> str:
+    return next((value for name in names if (value := headers.get(name, ""))), "")
+
+
+def _extra(headers: Headers, prefixes: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    extra: dict[str, tuple[str, ...]] = {}
+    for prefix in prefixes:
+        for header, value in headers.items():
+            if header.lower().startswith(prefix.lower()):
+                key = header[len(prefix) :].lower()
+                if not re.search(r"%(?![0-9a-f]{2})", key):  # kept as it is when it can't be decoded
+                    key = unquote(key, errors="surrogateescape")
+                extra[key] = (*extra.get(key, ()), value)
+    return extra
+
+
+def _issued(authority: x509.Certificate, certificate: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
