@@ -282,7 +282,10 @@ def _with_authenticated(user: User) -> User:
 
 
 def _strings(data: Mapping[str, str], key: str) -> tuple[str, ...]:
-    values = json.loads(data.get(key) or "[]")
+    try:
+        values = json.loads(data.get(key) or "[]")
+    except ValueError:
+        values = None
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise ValueError(f"{key} is no list of strings")
     return tuple(value.strip() for value in values if value.strip())

@@ -1,0 +1,217 @@
+import json
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
+from hypothesis import given
+from hypothesis import strategies as st
+from multidict import CIMultiDict, CIMultiDictProxy
+
+from apiserver.aggregation.authentication import FrontProxy, Peer, User, reviewed_user
+
+NOW = datetime(2026, 12, 1, tzinfo=UTC)
+
+
+class Authority:
+    """A CA of a front proxy; it issues certificates for ten days around NOW."""
+
+    def __init__(self, name: str = "front-proxy-ca") -> None:
+        self.name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        self.key = ec.generate_private_key(ec.SECP256R1())
+        self.certificate = self.issue(name, ca=True)
+
+    def issue(self, *common_names: str, ca: bool = False) -> x509.Certificate:
+        return (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name) for name in common_names]))
+            .issuer_name(self.name)
+            .public_key(self.key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(NOW - timedelta(days=5))
+            .not_valid_after(NOW + timedelta(days=5))
+            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+            .sign(self.key, hashes.SHA256())
+        )
+
+    @property
+    def pem(self) -> str:
+        return self.certificate.public_bytes(Encoding.PEM).decode()
+
+    @property
+    def der(self) -> bytes:
+        return self.certificate.public_bytes(Encoding.DER)
+
+
+AUTHORITY = Authority()
+
+
+def front_proxy(**data: str) -> FrontProxy:
+    published = {
+        "requestheader-client-ca-file": AUTHORITY.pem,
+        "requestheader-allowed-names": '["front-proxy-client"]',
+        "requestheader-username-headers": '["X-Remote-User"]',
+        "requestheader-group-headers": '["X-Remote-Group"]',
+        "requestheader-extra-headers-prefix": '["X-Remote-Extra-"]',
+    }
+    return FrontProxy.parse({"data": published | data})
+
+
+def headers(*pairs: tuple[str, str]) -> CIMultiDictProxy[str]:
+    return CIMultiDictProxy(CIMultiDict(pairs))
+
+
+ALICE = ("X-Remote-User", "alice")
+
+
+@pytest.mark.parametrize(
+    ("given_headers", "expected"),
+    [
+        ([], None),
+        ([("X-Remote-User", "")], None),
+        ([("X-Remote-Group", "system:masters")], None),
+        ([ALICE], User(name="alice")),
+        ([("x-remote-user", "alice")], User(name="alice")),
+        ([ALICE, ("X-Remote-User", "bob")], User(name="alice")),
+        ([("X-Remote-User", "système:zoé")], User(name="système:zoé")),
+        ([ALICE, ("X-Remote-Uid", "42")], User(name="alice", uid="42")),
+        ([ALICE, ("X-Remote-Group", "a,b"), ("X-Remote-Group", "c")], User(name="alice", groups=("a,b", "c"))),
+        ([ALICE, ("X-Remote-Group", ""), ("X-Remote-Group", "c")], User(name="alice", groups=("c",))),
+        ([ALICE, ("X-Remote-Extra-Scopes", "x")], User(name="alice", extra={"scopes": ("x",)})),
+        (
+            [ALICE, ("X-Remote-Extra-Scopes", "x"), ("x-remote-extra-SCOPES", "y")],
+            User(name="alice", extra={"scopes": ("x", "y")}),
+        ),
+        (
+            [ALICE, ("X-Remote-Extra-Authentication.kubernetes.io%2fpod-Name", "p")],
+            User(name="alice", extra={"authentication.kubernetes.io/pod-name": ("p",)}),
+        ),
+        ([ALICE, ("X-Remote-Extra-%C3%A9", "x")], User(name="alice", extra={"é": ("x",)})),
+        ([ALICE, ("X-Remote-Extra-50%Zz", "x")], User(name="alice", extra={"50%zz": ("x",)})),
+        ([ALICE, ("X-Remote-Extra-", "x")], User(name="alice", extra={"": ("x",)})),
+        ([ALICE, ("Impersonate-User", "root"), ("Impersonate-Group", "system:masters")], User(name="alice")),
+    ],
+)
+def test_headers_name_the_user_as_in_kubernetes(given_headers: list[tuple[str, str]], expected: User | None) -> None:
+    assert front_proxy().user(headers(*given_headers)) == expected
+
+
+def test_the_first_of_several_headers_that_has_a_value_counts() -> None:
+    proxy = front_proxy(**{"requestheader-username-headers": '["X-Remote-User", "X-User"]'})
+
+    assert proxy.user(headers(("X-Remote-User", ""), ("X-User", "bob"))) == User(name="bob")
+
+
+def test_groups_of_all_headers_count_in_the_order_of_the_headers() -> None:
+    proxy = front_proxy(**{"requestheader-group-headers": '["X-Remote-Group", "X-Group"]'})
+
+    user = proxy.user(headers(ALICE, ("X-Group", "b"), ("X-Remote-Group", "a")))
+
+    assert user == User(name="alice", groups=("a", "b"))
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ("X-Remote-User", "a\udce9"),
+        ("X-Remote-Group", "a\udce9"),
+        ("X-Remote-Uid", "a\udce9"),
+        ("X-Remote-Extra-A", "a\udce9"),
+        ("X-Remote-Extra-%E9", "a"),
+    ],
+)
+def test_a_name_that_is_not_utf_8_is_refused_rather_than_changed(pair: tuple[str, str]) -> None:
+    with pytest.raises(ValueError, match="not UTF-8"):
+        front_proxy().user(headers(pair, ALICE))
+
+
+@given(st.lists(st.tuples(st.sampled_from(["X-Remote-Group", "X-Remote-Extra-A%", "X-Other"]), st.text(max_size=20))))
+def test_any_headers_name_exactly_the_groups_they_carry(pairs: list[tuple[str, str]]) -> None:
+    try:
+        user = front_proxy().user(headers(ALICE, *pairs))
+    except ValueError:
+        return
+    assert user is not None
+    assert list(user.groups) == [value for name, value in pairs if name == "X-Remote-Group" and value]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"requestheader-client-ca-file": ""}, "without an aggregation layer"),
+        ({"requestheader-client-ca-file": "no certificate"}, "PEM"),
+        ({"requestheader-allowed-names": "{"}, "requestheader-allowed-names is no list of strings"),
+        ({"requestheader-allowed-names": '"name"'}, "requestheader-allowed-names is no list of strings"),
+        ({"requestheader-group-headers": "[1]"}, "requestheader-group-headers is no list of strings"),
+    ],
+)
+def test_a_configmap_that_cannot_be_read_is_refused(data: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        front_proxy(**data)
+
+
+@pytest.mark.parametrize(
+    ("names", "common_name", "allowed"),
+    [
+        (["front-proxy-client"], "front-proxy-client", True),
+        (["front-proxy-client"], "admin", False),
+        (["front-proxy-client"], "", False),
+        (["a", "b"], "b", True),
+        ([], "anyone", True),
+        ([], "", True),
+    ],
+)
+def test_a_front_proxy_needs_an_allowed_name(names: list[str], common_name: str, allowed: bool) -> None:
+    assert front_proxy(**{"requestheader-allowed-names": json.dumps(names)}).allows(common_name) is allowed
+
+
+def test_the_last_common_name_of_a_certificate_counts_as_in_go() -> None:
+    assert Peer(AUTHORITY.issue("first", "last"), frozenset()).common_name == "last"
+
+
+OTHER = Authority("another-ca")
+
+
+@pytest.mark.parametrize(
+    ("trusted_then", "authorities", "moment", "trusted"),
+    [
+        pytest.param({AUTHORITY.der}, [AUTHORITY], NOW, True, id="nothing changed"),
+        pytest.param({AUTHORITY.der}, [AUTHORITY, OTHER], NOW, True, id="a CA was added"),
+        pytest.param({AUTHORITY.der, OTHER.der}, [AUTHORITY], NOW, True, id="another CA was removed"),
+        pytest.param({AUTHORITY.der, OTHER.der}, [OTHER], NOW, False, id="its CA was removed"),
+        pytest.param({AUTHORITY.der}, [OTHER], NOW, False, id="its CA was replaced"),
+        pytest.param({AUTHORITY.der}, [AUTHORITY], NOW + timedelta(days=6), False, id="it has expired"),
+        pytest.param(set(), [OTHER], NOW, False, id="nothing is known of its verification"),
+    ],
+)
+def test_a_connection_outlives_a_change_of_trust_only_when_its_certificate_does(
+    trusted_then: set[bytes], authorities: list[Authority], moment: datetime, trusted: bool
+) -> None:
+    peer = Peer(AUTHORITY.issue("front-proxy-client"), frozenset(trusted_then))
+
+    assert peer.is_trusted({a.der: a.certificate for a in authorities}, moment) is trusted
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        ({}, None),
+        ({"authenticated": False, "user": {"username": "alice"}}, None),
+        ({"authenticated": "yes", "user": {"username": "alice"}}, None),
+        ({"authenticated": True, "user": {"username": "alice"}}, User(name="alice")),
+        (
+            {"authenticated": True, "user": {"username": "a", "uid": "1", "groups": ["g"], "extra": {"k": ["v"]}}},
+            User(name="a", uid="1", groups=("g",), extra={"k": ("v",)}),
+        ),
+    ],
+)
+def test_a_token_review_names_a_user_only_when_it_says_so(status: dict[str, object], expected: User | None) -> None:
+    assert reviewed_user(status) == expected
+
+
+def test_a_token_review_without_a_name_is_no_answer() -> None:
+    with pytest.raises(ValueError, match="names no user"):
+        reviewed_user({"authenticated": True, "user": {}})
