@@ -1,0 +1,86 @@
+"""The admission stamp: what it is bound to."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from api import stamp
+from api.capturepolicy import Limits
+from api.packetcapture import PacketCapture
+
+CREATED = datetime(2026, 12, 1, 10, tzinfo=UTC)
+
+
+def capture(
+    spec: dict[str, Any], *, namespace: str = "dev", annotations: dict[str, str] | None = None
+) -> PacketCapture:
+    return PacketCapture.model_validate(
+        {
+            "metadata": {
+                "name": "c",
+                "namespace": namespace,
+                "creationTimestamp": "2026-12-01T10:00:00Z",
+                "annotations": annotations or {},
+            },
+            "spec": spec,
+        }
+    )
+
+
+SPEC = {"selector": "app == 'x'"}
+
+
+def stamped(spec: dict[str, Any]) -> dict[str, str]:
+    given = stamp.Stamp(
+        user="u",
+        policy="baseline",
+        limits=Limits(max_duration=timedelta(hours=1)),
+        namespace="dev",
+        spec_hash=stamp.spec_hash(capture(spec).spec),
+    )
+    return {stamp.ANNOTATION: given.to_annotation()}
+
+
+def test_a_stamp_fits_the_spec_it_was_given_for() -> None:
+    assert stamp.check(capture(SPEC, annotations=stamped(SPEC))).policy == "baseline"
+
+
+def test_defaults_that_kube_apiserver_fills_in_do_not_change_the_hash() -> None:
+    filled = SPEC | {"suspend": False, "snapLength": 262144, "rotation": {"maxFiles": 2, "maxFileSize": "10M"}}
+    assert stamp.check(capture(filled, annotations=stamped(SPEC))).user == "u"
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        (capture(SPEC), "NotStamped"),
+        (capture({"selector": "app == 'y'"}, annotations=stamped(SPEC)), "StampOutdated"),
+        (capture(SPEC | {"suspend": True}, annotations=stamped(SPEC)), "StampOutdated"),
+        (capture(SPEC, namespace="other", annotations=stamped(SPEC)), "StampForeign"),
+        (capture(SPEC, annotations={stamp.ANNOTATION: "{"}), "StampUnreadable"),
+        (capture(SPEC, annotations={stamp.ANNOTATION: "{}"}), "StampUnreadable"),
+    ],
+)
+def test_a_stamp_that_does_not_fit_is_refused(changed: PacketCapture, reason: str) -> None:
+    with pytest.raises(stamp.StampError) as refusal:
+        stamp.check(changed)
+    assert refusal.value.reason == reason
+    assert "delete it and create it again" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("times", "ends"),
+    [
+        ({}, CREATED + timedelta(hours=1)),
+        ({"endTime": "2026-12-01T10:15:00Z"}, CREATED + timedelta(minutes=15)),
+        ({"endTime": "2026-12-01T12:00:00Z"}, CREATED + timedelta(hours=1)),
+        ({"startTime": "2026-12-01T11:00:00Z"}, CREATED + timedelta(hours=2)),
+    ],
+)
+def test_a_capture_ends_at_its_end_time_and_at_the_latest_after_the_longest_duration(
+    times: dict[str, str], ends: datetime
+) -> None:
+    spec = SPEC | times
+    judged = capture(spec, annotations=stamped(spec))
+    assert stamp.check(judged).ends(judged) == ends
