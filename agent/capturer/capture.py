@@ -1,0 +1,353 @@
+"""One captured interface: a thread that moves packets from the kernel's ring to files and turns the files over.
+
+Everything here happens once per batch of up to 4096 packets, never once per packet. A thread of its own, so that a disk
+that stalls one capture stalls no other. The thread alone touches its handle and file; others read `status`, which is
+replaced as a whole, and ask for things by `stop` and `flush`.
+"""
+
+import contextlib
+import logging
+import os
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from agent.capturer.libpcap import FILE_HEADER_BYTES, RECORD_HEADER_BYTES, Buffer, Dump, Handle, PcapError, WriteError
+from agent.capturer.protocol import FileStatus, InterfaceStatus, State, Target
+from api import names
+
+BATCH: Final = 4096
+"""Packets per dispatch at most: the bound of what a stop, a flush or a rotation waits for."""
+
+_BUFFER_BYTES: Final = 256 << 10
+_FLUSH_SECONDS: Final = 1.0
+_DRAIN_SECONDS: Final = 1.0
+_DRAIN_POLL_SECONDS: Final = 0.005
+_FILE_MODE: Final = 0o640
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """What the files of one pod's interface have in common in their names."""
+
+    prefix: str
+    pod_uid: str
+
+    @classmethod
+    def of(cls, file_name: str) -> tuple["Series", int]:
+        """The series of a valid file name, and its sequence number."""
+        prefix, _, pod_uid, sequence = file_name.removesuffix(names.SUFFIX).rsplit("-", 3)
+        return cls(prefix, pod_uid), int(sequence)
+
+
+@dataclass(slots=True)
+class _File:
+    """The file being written; the `flushed_…` say how far a reader may trust it."""
+
+    name: str
+    created: int
+    dump: Dump
+    descriptor: int
+    dropped_before: int
+    packets: int = 0
+    last_batch: int = FILE_HEADER_BYTES
+    first_packet_at: float | None = None
+    flushed_size: int = 0
+    flushed_packets: int = 0
+    flushed_last_batch: int = FILE_HEADER_BYTES
+
+
+class InterfaceCapture:
+    """Captures one open handle into files of one directory until told to stop, or until either breaks."""
+
+    def __init__(
+        self, *, target: Target, interface: str, handle: Handle, directory: int, on_change: Callable[[], None]
+    ) -> None:
+        """Own `handle` and `directory` (a descriptor) from now on; both are closed at the end.
+
+        `on_change` is called in the capture's thread after `status` changed in a way that is worth telling.
+        """
+        self._target = target
+        self._interface = interface
+        self._handle = handle
+        self._directory = directory
+        self._on_change = on_change
+        self._buffer = Buffer(_BUFFER_BYTES)
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._lock = threading.Lock()
+        self._wake_open = True
+        self._stopping = False
+        self._flush_wanted = 0
+        self._last_flush = float("-inf")
+        self._unflushed = False
+        self._packets = 0
+        self._dropped = 0
+        self._unfiltered, _ = handle.statistics()
+        self._closed: deque[FileStatus] = deque()
+        self._earlier: deque[str] = deque()
+        self._sequence = 0
+        self._file: _File | None = None
+        self.flushed = 0
+        self.status = InterfaceStatus(interface=interface, state=State.STARTING)
+        self._thread = threading.Thread(target=self._run, name=f"capture {target.pod_name} {interface}")
+
+    def start(self) -> None:
+        """Begin; the state is Capturing, or Failed, by the first `on_change`."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ask for the end: nothing more is let in, what the kernel holds is still written."""
+        self._stopping = True
+        self._notify()
+
+    def flush(self) -> int:
+        """Ask that all packets seen so far reach the file; done once `flushed` is the number returned or more."""
+        with self._lock:
+            self._flush_wanted += 1
+            wanted = self._flush_wanted
+        self._notify()
+        return wanted
+
+    @property
+    def ended(self) -> bool:
+        return self.status.state.ended
+
+    def _notify(self) -> None:
+        with self._lock:
+            if self._wake_open:
+                os.eventfd_write(self._wake, 1)
+
+    def _run(self) -> None:
+        state, reason, message = State.STOPPED, "", ""
+        try:
+            self._find_earlier_files()
+            self._open_next()
+            self._publish(State.CAPTURING)
+            self._on_change()
+            try:
+                self._capture()
+            except PcapError as error:
+                state, reason, message = State.FAILED, "InterfaceFailed", f"capturing on {self._interface}: {error}"
+            self._publish(State.STOPPING)
+            self._drain()
+            self._flush()
+        except WriteError as error:
+            state, reason, message = State.FAILED, "WriteFailed", f"writing the capture file: {error}"
+        except OSError as error:
+            state, reason, message = State.FAILED, "WriteFailed", f"opening a capture file: {error}"
+        except Exception as error:
+            log.exception("capture of %s on %s", self._target.id, self._interface)
+            state, reason, message = State.FAILED, "InternalError", f"the capturer failed: {error!r}"
+        try:
+            self._close(intact=reason not in {"WriteFailed", "InternalError"})
+        finally:
+            self._publish(state, reason, message)
+            self._on_change()
+
+    def _capture(self) -> None:
+        poll = select.poll()
+        poll.register(self._handle.descriptor, select.POLLIN)
+        poll.register(self._wake, select.POLLIN)
+        while not self._stopping:
+            written = self._batch()
+            self._keep_time()
+            if not written and not self._stopping:
+                poll.poll(self._milliseconds_to_wait())
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._wake)
+
+    def _batch(self) -> int:
+        """Write the next waiting packets, never past the file's limit. Returns their number."""
+        file = self._current
+        start = file.dump.tell()
+        room = (self._target.max_file_bytes - start) // (self._target.snap_length + RECORD_HEADER_BYTES)
+        if room <= 0:
+            self._rotate()
+            return self._batch()
+        written = self._handle.dispatch(min(room, BATCH), file.dump)
+        if written:
+            file.packets += written
+            file.last_batch = start
+            file.first_packet_at = file.first_packet_at or time.monotonic()
+            self._packets += written
+            self._unflushed = True
+            file.dump.check()
+        return written
+
+    def _keep_time(self) -> None:
+        """Flush and rotate by age when due."""
+        now = time.monotonic()
+        wanted = self._flush_wanted
+        if wanted > self.flushed or (self._unflushed and now >= self._last_flush + _FLUSH_SECONDS):
+            self._flush()
+            self._publish(State.CAPTURING)
+            if wanted > self.flushed:
+                self.flushed = wanted
+                self._on_change()
+        if now >= self._rotation_due():
+            self._rotate()
+
+    def _milliseconds_to_wait(self) -> float | None:
+        due = min(self._last_flush + _FLUSH_SECONDS if self._unflushed else float("inf"), self._rotation_due())
+        if due == float("inf"):
+            return None
+        return max(0.0, due - time.monotonic()) * 1000 + 1
+
+    def _rotation_due(self) -> float:
+        """When the current file is too old. One without packets never is: it would push out one that has some."""
+        age, first = self._target.max_file_age_seconds, self._current.first_packet_at
+        return first + age if age and first is not None else float("inf")
+
+    def _drain(self) -> None:
+        """Close the gate and write what the kernel has not handed over yet: the block that it is filling.
+
+        It hands that over in time also when the interface has gone, though libpcap then fails until it does.
+        """
+        self._handle.close_gate()
+        shortest = time.monotonic() + self._handle.timeout_milliseconds / 1000 + 0.02
+        longest = shortest + _DRAIN_SECONDS
+        while True:
+            with contextlib.suppress(PcapError):
+                while self._batch():
+                    pass
+            now = time.monotonic()
+            received, dropped = self._handle.statistics()
+            # Of those that came before the filter was set nobody knows how many passed it: hence `longest`.
+            complete = self._packets >= received - dropped - self._unfiltered
+            if now >= longest or (now >= shortest and complete):
+                return
+            time.sleep(_DRAIN_POLL_SECONDS)
+
+    def _rotate(self) -> None:
+        self._flush()
+        self._retire_current()
+        self._open_next()
+        self._publish(State.CAPTURING)
+        self._on_change()
+
+    def _flush(self) -> None:
+        file = self._current
+        file.dump.flush()
+        file.flushed_size = file.dump.tell()
+        file.flushed_packets = file.packets
+        file.flushed_last_batch = file.last_batch
+        _, self._dropped = self._handle.statistics()
+        self._last_flush = time.monotonic()
+        self._unflushed = False
+
+    def _find_earlier_files(self) -> None:
+        """The files of this pod's interface from before: they count against `max_files` too."""
+        series, _ = Series.of(self._name(created=0))
+        earlier = []
+        for name in os.listdir(self._directory):
+            if names.is_file_name(name):
+                candidate, sequence = Series.of(name)
+                if candidate == series:
+                    earlier.append((sequence, name))
+        earlier.sort()
+        self._earlier.extend(name for _, name in earlier)
+        self._sequence = earlier[-1][0] + 1 if earlier else 0
+
+    def _open_next(self) -> None:
+        """Begin the next file, after making place for it."""
+        while len(self._earlier) + len(self._closed) >= self._target.max_files:
+            oldest = self._earlier.popleft() if self._earlier else self._closed.popleft().name
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(oldest, dir_fd=self._directory)
+        created = time.time_ns()
+        name = self._name(created=created)
+        # The agent may write into the directory, so never follow a link it might have put there.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(name, flags, _FILE_MODE, dir_fd=self._directory)
+        try:
+            duplicate = os.dup(descriptor)
+            dump = self._handle.open_dump(duplicate, self._buffer)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._sequence += 1
+        self._file = _File(name, created, dump, descriptor, dropped_before=self._dropped)
+        self._flush()  # the file header: an empty capture is a valid pcap from the first moment
+        self._last_flush = float("-inf")  # and its first packet is to be seen at once
+
+    def _name(self, *, created: int) -> str:
+        return names.file_name(
+            pod=self._target.pod_name,
+            interface=self._interface,
+            created_ns=created,
+            pod_uid=self._target.pod_uid,
+            sequence=self._sequence,
+        )
+
+    def _retire_current(self, *, intact: bool = True) -> None:
+        """Close the current file for good; one that could not be written is cut back to its last flush.
+
+        What is cut off is counted as dropped.
+        """
+        file = self._current
+        self._file = None
+        file.dump.close()
+        try:
+            if not intact:
+                os.ftruncate(file.descriptor, file.flushed_size)
+                lost = file.packets - file.flushed_packets
+                self._packets -= lost
+                self._dropped += lost
+        finally:
+            os.close(file.descriptor)
+            self._closed.append(self._file_status(file, open_=False))
+
+    def _close(self, *, intact: bool) -> None:
+        try:
+            if self._file is not None:
+                if intact:
+                    try:
+                        self._flush()
+                    except WriteError as error:
+                        log.warning("last flush of %s: %s", self._file.name, error)
+                        intact = False
+                self._retire_current(intact=intact)
+        finally:
+            self._handle.close()
+            os.close(self._directory)
+            with self._lock:
+                self._wake_open = False
+                os.close(self._wake)
+
+    def _publish(self, state: State, reason: str = "", message: str = "") -> None:
+        files = list(self._closed)
+        if self._file is not None:
+            files.append(self._file_status(self._file, open_=True))
+        self.status = InterfaceStatus(
+            interface=self._interface,
+            state=state,
+            reason=reason,
+            message=message,
+            packets=self._packets,
+            dropped=self._dropped,
+            files=tuple(files),
+        )
+
+    def _file_status(self, file: _File, *, open_: bool) -> FileStatus:
+        return FileStatus(
+            name=file.name,
+            interface=self._interface,
+            created=file.created,
+            size=file.flushed_size,
+            packets=file.flushed_packets,
+            dropped=self._dropped - file.dropped_before,
+            last_batch_offset=file.flushed_last_batch,
+            open=open_,
+        )
+
+    @property
+    def _current(self) -> _File:
+        if self._file is None:
+            raise RuntimeError("no file is open")
+        return self._file

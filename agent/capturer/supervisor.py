@@ -1,0 +1,137 @@
+"""The first process of the capturer's container: keeps a worker running, and nothing else that could fail.
+
+A worker that died is replaced at once, since kubelet would wait ten seconds and more to restart a container. The
+listening socket belongs to this process, so agents that connect meanwhile wait instead of being refused.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Self
+
+_ROOT: Final = Path(__file__).resolve().parents[2]
+_SHORTEST_PAUSE: Final = 0.05
+_LONGEST_PAUSE: Final = 5.0
+_STEADY_SECONDS: Final = 10.0
+_UMASK: Final = 0o007
+
+log = logging.getLogger(__name__)
+
+
+class SettingsError(ValueError):
+    """An environment variable can't be used; the text says which and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Where the capturer meets its agent, where files go, who the agent is, and what must never be captured."""
+
+    socket: Path
+    directory: Path
+    agent_uid: int
+    host_namespace: Path
+
+    @classmethod
+    def parse(cls, environment: Mapping[str, str]) -> Self:
+        """Raises SettingsError."""
+        uid = environment.get("AGENT_UID", "65532")
+        if not uid.isdecimal():
+            raise SettingsError(f"AGENT_UID must be a number, not {uid!r}")
+        return cls(
+            socket=Path(environment.get("CAPTURER_SOCKET", "/run/kubepcap/capturer.sock")),
+            directory=Path(environment.get("DATA_DIRECTORY", "/var/lib/kubepcap")),
+            agent_uid=int(uid),
+            host_namespace=Path(environment.get("HOST_NETWORK_NAMESPACE", "/proc/1/ns/net")),
+        )
+
+
+class Supervisor:
+    """Starts workers, one after the other, until told to terminate."""
+
+    def __init__(self, listener: socket.socket, *, captures: int, settings: Settings) -> None:
+        """`captures` is a descriptor of the directory that holds a directory per PacketCapture."""
+        self._listener = listener
+        self._captures = captures
+        self._settings = settings
+        self._worker: subprocess.Popen[bytes] | None = None
+        self._terminating = False
+
+    def terminate(self) -> None:
+        """Let the worker close its files, then let `run` return. Callable from a signal handler."""
+        self._terminating = True
+        if self._worker is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._worker.terminate()
+
+    def run(self) -> None:
+        """Keep a worker running; one that dies again and again is restarted after longer and longer pauses."""
+        pause = _SHORTEST_PAUSE
+        while not self._told_to_terminate():
+            started = time.monotonic()
+            self._worker = self._start()
+            if self._told_to_terminate():  # while it started
+                self._worker.terminate()
+            status = self._worker.wait()
+            if self._told_to_terminate():
+                return
+            if time.monotonic() - started >= _STEADY_SECONDS:
+                pause = _SHORTEST_PAUSE
+            log.error("the worker ended with status %d; restarting it in %.2f s", status, pause)
+            time.sleep(pause)
+            pause = min(pause * 2, _LONGEST_PAUSE)
+
+    def _told_to_terminate(self) -> bool:
+        return self._terminating
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        descriptors = (self._listener.fileno(), self._captures)
+        command = [sys.executable, "-S", "-E", "-m", "agent.capturer.worker"]
+        command += ["--listener", str(descriptors[0]), "--captures", str(descriptors[1])]
+        command += ["--allow-uid", str(self._settings.agent_uid)]
+        command += ["--host-namespace", str(self._settings.host_namespace)]
+        return subprocess.Popen(command, cwd=_ROOT, pass_fds=descriptors, stdin=subprocess.DEVNULL)
+
+
+def listen(path: Path) -> socket.socket:
+    """Listen on a Unix socket that this process's group may use. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(path))
+    path.chmod(0o660)
+    listener.listen()
+    return listener
+
+
+def open_captures(directory: Path) -> int:
+    """Open the directory that holds a directory per PacketCapture, making it when it isn't there. Raises OSError."""
+    captures = directory / "captures"
+    captures.mkdir(exist_ok=True)
+    descriptor = os.open(captures, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    os.chown(descriptor, -1, os.getgid())
+    os.chmod(descriptor, 0o2770)  # noqa: S103 - the agent, which shares the group, lists and removes
+    return descriptor
+
+
+def main() -> None:
+    """Run the capturer."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    os.umask(_UMASK)
+    try:
+        settings = Settings.parse(os.environ)
+        captures = open_captures(settings.directory)
+        listener = listen(settings.socket)
+    except (SettingsError, OSError) as error:
+        sys.exit(f"capturer: {error}")
+    supervisor = Supervisor(listener, captures=captures, settings=settings)
+    signal.signal(signal.SIGTERM, lambda *_: supervisor.terminate())
+    signal.signal(signal.SIGINT, lambda *_: supervisor.terminate())
+    supervisor.run()
