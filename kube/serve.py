@@ -99,6 +99,14 @@ def environment(name: str, default: str | None = None) -> str:
     return value
 
 
+def number(name: str, *, default: int, low: int = 0, high: int) -> int:
+    """A whole number from the environment. Raises `SettingsError` when it is none, or out of range."""
+    value = environment(name, str(default))
+    if not (value.isascii() and value.isdigit() and len(value) <= 18 and low <= int(value) <= high):
+        raise SettingsError(f"{name} must be a number from {low} to {high}, not {value!r}")
+    return int(value)
+
+
 async def _until_signalled(main: Coroutine[Any, Any, None]) -> None:
     task = asyncio.create_task(main, name="main")
     loop = asyncio.get_running_loop()

@@ -1,0 +1,78 @@
+"""Admission as a whole: a review goes in, an answer comes out, decided with what is known of policies and users now."""
+
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from api.capturepolicy import CapturePolicy
+from kube.client import CAPTUREPOLICIES, Client
+from kube.status import StatusError, internal_error
+from kube.watch import Cache
+from webhook.access import Access
+from webhook.judge import Policies, judge, judge_kept
+from webhook.review import Answer, Request
+from webhook.stamp import deserved, kept, put
+
+_log = logging.getLogger(__name__)
+
+
+class Admission:
+    """Stamps and judges; own `policies.run()` in a TaskGroup."""
+
+    def __init__(self, client: Client, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        self.policies = Cache(client, CAPTUREPOLICIES, CapturePolicy.model_validate)
+        self._access = Access(client)
+        self._clock = clock
+
+    async def stamp(self, request: Request) -> Answer:
+        """The mutating half. What it can't decide it leaves without a stamp, and the validating half says why."""
+        if not request.is_ours:
+            return Answer()
+        if (expected := kept(request)) is not None:
+            return put(request, expected.annotation)
+        try:
+            usable = (await self._policies(request)).usable
+        except StatusError as error:
+            _log.warning("%s/%s is not stamped: %s", request.namespace, request.name, error.message)
+            return put(request, None)
+        return put(request, deserved(request, list(usable)))
+
+    async def judge(self, request: Request) -> Answer:
+        """The validating half; its verdicts are logged. What can't be decided is refused with code 500."""
+        if not request.is_ours:
+            return Answer()
+        answer = await self._judge(request)
+        _log.info(
+            "allowed" if answer.refusal is None else f"denied: {answer.refusal.message}",
+            extra={
+                "user": request.user_info.username,
+                "operation": request.operation,
+                "namespace": request.namespace,
+                "capture": request.name,
+                "allowed": answer.refusal is None,
+                "policy": answer.audit.get("policy", ""),
+                "rule": answer.audit.get("rule", ""),
+            },
+        )
+        return answer
+
+    async def _judge(self, request: Request) -> Answer:
+        if (expected := kept(request)) is not None:
+            return judge_kept(request, expected)
+        try:
+            policies = await self._policies(request)
+        except StatusError as error:
+            return Answer(refusal=error, audit={"rule": "undecidable"})
+        return judge(request, policies, now=self._clock())
+
+    async def _policies(self, request: Request) -> Policies:
+        if not self.policies.is_synced:
+            raise internal_error("the policies are not known yet: try again in a moment")
+        usable = await self._access.usable(
+            self.policies.objects.values(), user=request.user_info, namespace=request.namespace
+        )
+        return Policies(
+            usable=usable,
+            existing=[key.name for key in self.policies.objects],
+            unreadable=[key.name for key in self.policies.unparsable],
+        )

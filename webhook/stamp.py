@@ -1,0 +1,114 @@
+"""The mutating half of admission: what stamp a capture gets.
+
+It denies nothing, so that what is wrong with a capture is said by the schema, or by the validating half. It takes away
+whatever stamp the user sent, and gives one to what a policy allows.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from api import stamp, verdict
+from api.capturepolicy import CapturePolicy
+from api.packetcapture import PacketCapture, PacketCaptureSpec
+from api.stamp import ANNOTATION, Stamp, StampError
+from webhook.review import Answer, Request, User
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The update needs no judgement; the capture must carry this stamp, or none. `rule` says why in a word."""
+
+    annotation: str | None
+    rule: str
+
+
+def kept(request: Request) -> Kept | None:
+    """What an update that is free for everyone must carry; None when the whole spec has to be judged.
+
+    Free is what leaves the spec alone, and what only ends the capture: an earlier end, and suspending. The stamp then
+    still names who was judged and by which policy.
+    """
+    if request.operation != "UPDATE":
+        return None
+    old, new = request.old_object or {}, request.object or {}
+    annotation = annotation_of(old)
+    if old.get("spec") == new.get("spec"):
+        return Kept(annotation, "unchanged")
+    try:
+        before, after = PacketCapture.model_validate(old), PacketCapture.model_validate(new)
+    except ValidationError:
+        return None
+    if stamp.spec_hash(before.spec) == stamp.spec_hash(after.spec):
+        return Kept(annotation, "unchanged")
+    if not only_ends(before.spec, after.spec):
+        return None
+    try:
+        judged = stamp.check(before)
+    except StampError:
+        return Kept(annotation, "ends")
+    return Kept(judged.model_copy(update={"spec_hash": stamp.spec_hash(after.spec)}).to_annotation(), "ends")
+
+
+def only_ends(old: PacketCaptureSpec, new: PacketCaptureSpec) -> bool:
+    """Whether the change is nothing but an earlier end, or suspending, or both."""
+    otherwise = new.model_copy(update={"end_time": old.end_time, "suspend": old.suspend})
+    if stamp.spec_hash(otherwise) != stamp.spec_hash(old):
+        return False
+    if old.suspend and not new.suspend:
+        return False
+    if old.end_time is None:
+        return True
+    return new.end_time is not None and new.end_time <= old.end_time
+
+
+def issue(capture: PacketCapture, policy: CapturePolicy, *, user: User) -> Stamp:
+    """The stamp of a capture that the policy allows to the user."""
+    return Stamp(
+        user=user.username,
+        policy=policy.metadata.name,
+        limits=policy.spec.limits,
+        namespace=capture.metadata.namespace or "",
+        spec_hash=stamp.spec_hash(capture.spec),
+    )
+
+
+def deserved(request: Request, usable: list[CapturePolicy]) -> str | None:
+    """The annotation for a capture that has to be judged; None when no policy allows it, or it can't be read."""
+    try:
+        capture = capture_of(request)
+    except ValidationError:
+        return None
+    policy = verdict.judge(capture.spec, usable).policy
+    return None if policy is None else issue(capture, policy, user=request.user_info).to_annotation()
+
+
+def put(request: Request, annotation: str | None) -> Answer:
+    """Allow, and see to it that the capture carries exactly this annotation, or none."""
+    metadata = (request.object or {}).get("metadata") or {}
+    path = f"/metadata/annotations/{ANNOTATION.replace('~', '~0').replace('/', '~1')}"
+    annotations = metadata.get("annotations")
+    if annotation == (annotations or {}).get(ANNOTATION):
+        return Answer()
+    if annotation is None:
+        return Answer(patch=[{"op": "remove", "path": path}])
+    if annotations is None:
+        return Answer(patch=[{"op": "add", "path": "/metadata/annotations", "value": {ANNOTATION: annotation}}])
+    return Answer(patch=[{"op": "add", "path": path, "value": annotation}])
+
+
+def capture_of(request: Request) -> PacketCapture:
+    """The capture that is asked for, in the namespace of the request. Raises `ValidationError`."""
+    capture = PacketCapture.model_validate(request.object)
+    metadata = capture.metadata.model_copy(update={"namespace": request.namespace})
+    return capture.model_copy(update={"metadata": metadata})
+
+
+def annotation_of(item: Json) -> str | None:
+    """The stamp as it stands on an object, whatever else is wrong with the object."""
+    annotations = (item.get("metadata") or {}).get("annotations") or {}
+    value = annotations.get(ANNOTATION)
+    return value if isinstance(value, str) else None
