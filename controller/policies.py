@@ -1,12 +1,11 @@
 """The policies that are shipped with the installation.
 
-They lie in a ConfigMap, because `kubectl apply -k` can't create an object of a kind that it defines in the same run. One
-that is missing is created; one that is there is the cluster's own and stays as it is.
+They lie in a ConfigMap, because `kubectl apply -k` can't create an object of a kind that it defines in the same run.
+One that is missing is created; one that is there is the cluster's own and stays as it is.
 """
 
 import asyncio
 import logging
-from typing import NoReturn
 
 import yaml
 
@@ -34,7 +33,7 @@ def read(configmap: Json) -> dict[str, Json]:
     return policies
 
 
-async def create_missing(client: Client, *, namespace: str) -> NoReturn:
+async def create_missing(client: Client, *, namespace: str) -> None:
     """Follow the ConfigMap and the policies for ever, and create those that are missing."""
     signal = Signal()
     shipped = Cache(
@@ -62,7 +61,6 @@ async def create_missing(client: Client, *, namespace: str) -> NoReturn:
             }
             failed = [name for name, manifest in missing.items() if not await _create(client, name, manifest)]
             await signal.wait(_RETRY if failed else None)
-    raise AssertionError("a task group that never ends has ended")
 
 
 async def _create(client: Client, name: str, manifest: Json) -> bool:
