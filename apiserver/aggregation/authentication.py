@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 from multidict import CIMultiDictProxy
 
-from apiserver.aggregation.answers import Answers
+from kube.answers import Answers
 from kube.client import CONFIGMAPS, TOKENREVIEWS, Client, Json
 from kube.status import StatusError, internal_error, unauthorized
 from kube.watch import Cache, Key
@@ -161,7 +161,7 @@ class Authenticator:
         self._now = now
         self._front_proxy: FrontProxy | None = None
         self._peers: WeakKeyDictionary[object, Peer] = WeakKeyDictionary()
-        self._reviews: Answers[bytes, User | None] = Answers(lifetime=_REVIEW_LIFETIME, size=_REVIEWS)
+        self._reviews: Answers[bytes, User | None] = Answers(lifetime=lambda _: _REVIEW_LIFETIME, size=_REVIEWS)
         self._review_key = secrets.token_bytes(32)
         self._configmaps = Cache(
             client,

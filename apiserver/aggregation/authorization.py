@@ -10,9 +10,9 @@ import json
 import logging
 from dataclasses import dataclass
 
-from apiserver.aggregation.answers import Answers
 from apiserver.aggregation.authentication import ANONYMOUS, User
 from apiserver.aggregation.requestinfo import RequestInfo
+from kube.answers import Answers
 from kube.client import SUBJECTACCESSREVIEWS, Client, Json
 from kube.status import StatusError, internal_error
 
@@ -37,7 +37,7 @@ class Authorizer:
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._decisions: Answers[bytes, Decision] = Answers(lifetime=_LIFETIME, size=_DECISIONS)
+        self._decisions: Answers[bytes, Decision] = Answers(lifetime=lambda _: _LIFETIME, size=_DECISIONS)
         self._trouble: str | None = "no SubjectAccessReview was answered yet"
 
     async def run(self) -> None:

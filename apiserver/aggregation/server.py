@@ -13,6 +13,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler as AiohttpHandler
@@ -32,7 +33,7 @@ _access_log = logging.getLogger(f"{__name__}.access")
 
 HEALTH_PATHS = frozenset({"/healthz", "/livez", "/readyz"})
 # A user can be in thousands of groups, each in a header of its own; aiohttp allows 128 headers.
-PROTOCOL_LIMITS = {"max_headers": 8192, "max_field_size": 16384, "max_line_size": 16384}
+PROTOCOL_LIMITS: Mapping[str, Any] = {"max_headers": 4096}
 _STREAMS_PER_USER = 8
 _STREAM_RETRY_SECONDS = 1
 _AUDIT_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
