@@ -5,21 +5,31 @@ For CustomResourceDefinitions
 and for the OpenAPI documents of the aggregated group.
 """
 
+from datetime import timedelta
 from typing import Any
 
+from pydantic.json_schema import GenerateJsonSchema
+
 from api.object import Model
+from api.quantity import format_duration
 
 _METADATA = {"type": "object"}
 
 
 def structural(model: type[Model]) -> dict[str, Any]:
     """The model's schema without `$ref`, `title`, and null types: absent is the only way to be absent."""
-    schema = model.model_json_schema(by_alias=True, mode="validation")
+    schema = model.model_json_schema(by_alias=True, mode="validation", schema_generator=_Generator)
     definitions = schema.pop("$defs", {})
     resolved = _resolve(schema, definitions)
     if "metadata" in resolved.get("properties", {}) and "ObjectMeta" in definitions:
         resolved["properties"]["metadata"] = dict(_METADATA)
     return resolved
+
+
+class _Generator(GenerateJsonSchema):
+    def encode_default(self, dft: Any) -> Any:
+        """Durations as manifests have them; pydantic would write ISO 8601."""
+        return format_duration(dft) if isinstance(dft, timedelta) else super().encode_default(dft)
 
 
 def _resolve(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
