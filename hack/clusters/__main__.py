@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 
-from hack.clusters import keeper, lifecycle
+from hack.clusters import lifecycle
 from hack.clusters.binaries import find
-from hack.clusters.cluster import CONTROL_PLANE, DEFAULT_NAME, Cluster, valid_name
+from hack.clusters.cluster import DEFAULT_NAME, Cluster, valid_name
 from hack.clusters.failure import Failure
+from hack.clusters.install import install
+from hack.clusters.keeper import entering
 
 
 def main() -> None:
@@ -60,10 +62,12 @@ def run(arguments: argparse.Namespace) -> None:
             lifecycle.down(arguments.name)
         case "status":
             sys.exit(0 if lifecycle.status(arguments.name) else 1)
+        case "install":
+            install(lifecycle.running_cluster(arguments.name))
         case "run":
-            execute(arguments.argv, environment(Cluster.load(arguments.name)))
+            execute(arguments.argv, environment(lifecycle.running_cluster(arguments.name)))
         case "on":
-            cluster = Cluster.load(arguments.name)
+            cluster = lifecycle.running_cluster(arguments.name)
             execute(entering(cluster, arguments.machine) + arguments.argv, environment(cluster), given=arguments.argv)
 
 
@@ -73,20 +77,11 @@ def environment(cluster: Cluster) -> dict[str, str]:
     return os.environ | {"KUBECONFIG": str(cluster.kubeconfig), "PATH": path, "KUBEPCAP_CLUSTER": cluster.name}
 
 
-def entering(cluster: Cluster, machine: str) -> list[str]:
-    """The command that enters a machine's namespaces, to be followed by one to run there."""
-    processes = keeper.processes(cluster)
-    if machine not in processes:
-        raise Failure(f"no machine {machine!r} in cluster {cluster.name}; there are {', '.join(cluster.machines)}")
-    target = f"--target={processes[machine]}"
-    return ["nsenter", target, "--mount", "--net", "--pid", "--uts", "--ipc", "--wd", "--"]
-
-
 def execute(command: list[str], variables: dict[str, str], *, given: list[str] | None = None) -> None:
     if not (command if given is None else given):
         raise Failure("no command to run")
     try:
-        os.execvpe(command[0], command, variables)
+        os.execvpe(command[0], command, variables)  # noqa: S606
     except FileNotFoundError:
         raise Failure(f"{command[0]}: no such command") from None
 

@@ -27,7 +27,7 @@ class Api:
             self._tls.load_cert_chain(pair.name)
 
     def get(self, path: str) -> Any:
-        """The decoded body of an answer 200. Raises OSError or http.client.HTTPException when there is no such answer."""
+        """The decoded body of an answer 200; OSError or http.client.HTTPException when there is no such answer."""
         connection = http.client.HTTPSConnection(
             self._address.hostname or "", self._address.port, timeout=5, context=self._tls
         )

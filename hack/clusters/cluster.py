@@ -29,7 +29,7 @@ def cache() -> Path:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Cluster:
-    """A cluster's plan. `lan` is a /24 of its own: .10 is the control plane, .11 and on are the nodes, .254 is the host."""
+    """A cluster's plan. `lan` is a /24 of its own: .10 is the control plane, .11 and on are nodes, .254 is the host."""
 
     name: str
     lan: IPv4Network

@@ -1,4 +1,4 @@
-"""The control plane's programs and their settings: what the two-node cluster and the bare API server of the tests have in common."""
+"""The control plane's programs and their settings: what the two-node cluster and the tests' bare one have in common."""
 
 import dataclasses
 from collections.abc import Sequence

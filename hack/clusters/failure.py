@@ -3,7 +3,7 @@
 from pathlib import Path
 
 
-class Failure(Exception):
+class Failure(Exception):  # noqa: N818
     """Something that the person at the keyboard has to know. `log` is the file to read, when there is one."""
 
     def __init__(self, message: str, *, log: Path | None = None) -> None:

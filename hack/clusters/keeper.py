@@ -1,7 +1,8 @@
 """The process that a cluster lives by: `python -m hack.clusters.keeper NAME`.
 
-It starts the machines, and they die with it: each is tied to its parent by a death signal, and a PID namespace ends with its first process.
-A sweeper beside it, which watches it end, removes what the kernel leaves: cgroups. Either of the two may be killed at any moment.
+It starts the machines, and they die with it: each is tied to its parent by a death signal, and a PID namespace ends
+with its first process. A sweeper beside it, which watches it end, removes what the kernel leaves: cgroups. Either of the
+two may be killed at any moment.
 """
 
 import fcntl
@@ -17,6 +18,7 @@ from typing import IO
 
 from hack.clusters import cgroups, network
 from hack.clusters.cluster import CONTROL_PLANE, Cluster
+from hack.clusters.failure import Failure
 
 PROCESSES = "processes.json"
 
@@ -50,6 +52,15 @@ def processes(cluster: Cluster) -> dict[str, int]:
     except FileNotFoundError:
         return {}
     return found
+
+
+def entering(cluster: Cluster, machine: str) -> list[str]:
+    """The command that enters a machine's namespaces, to be followed by one to run there."""
+    found = processes(cluster)
+    if machine not in found:
+        raise Failure(f"no machine {machine!r} in cluster {cluster.name}; there are {', '.join(cluster.machines)}")
+    target = f"--target={found[machine]}"
+    return ["nsenter", target, "--mount", "--net", "--pid", "--uts", "--ipc", "--wd", "--"]
 
 
 def sweep(cluster: Cluster) -> list[Path]:
@@ -104,7 +115,7 @@ def _only_child(parent: subprocess.Popen[bytes]) -> int:
 
 
 def _wait_for_the_end(keepers: dict[str, subprocess.Popen[bytes]], sweeper: int) -> None:
-    """Return when the cluster is to end: on SIGTERM, or when the control plane or the sweeper ended. A node alone may die."""
+    """Return when the cluster is to end: when the control plane or the sweeper ended. A node alone may die."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     names = {process.pid: machine for machine, process in keepers.items()} | {sweeper: "sweeper"}
     while True:

@@ -10,7 +10,6 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-
 from pathlib import Path
 
 from hack.clusters import binaries, keeper, server
@@ -26,7 +25,7 @@ PATIENCE = 120
 
 
 def up(name: str) -> Cluster:
-    """Start the cluster, or find it already up. Everything that a first start has to build or install is built and installed."""
+    """Start the cluster, or find it already up. The first start on a machine installs and builds what it needs."""
     if os.geteuid() != 0:
         raise Failure("a cluster needs root: namespaces, mounts and cgroups; run it with sudo")
     with _exclusively(name):
@@ -34,9 +33,9 @@ def up(name: str) -> Cluster:
             cluster = Cluster.load(name)
             print(f"cluster {name} is already up: {cluster.api_url}")
             return cluster
-        with _phase("packages, binaries and the pause image"):
+        with phase("packages, binaries and the pause image"):
             _prepare()
-        with _phase("certificates"):
+        with phase("certificates"):
             _clear(name)
             cluster = Cluster.allocate(name)
             _write_pause_image(cluster)
@@ -57,7 +56,7 @@ def down(name: str) -> None:
         except Failure:
             print(f"cluster {name} is not up")
             return
-        with _phase(f"cluster {name} down"):
+        with phase(f"cluster {name} down"):
             _end(cluster)
 
 
@@ -69,15 +68,12 @@ def status(name: str) -> bool:
     cluster = Cluster.load(name)
     api = Api(cluster.kubeconfig)
     ready = api.ready()
-    print(
-        f"cluster {name}: keeper {keeper.alive(cluster, 'keeper')}, {cluster.api_url} {'ready' if ready else 'NOT ready'}"
-    )
+    print(f"cluster {name}: keeper {keeper.alive(cluster, 'keeper')}, {cluster.api_url} {_said(ready)}")
     nodes = api.ready_nodes() if ready else set()
     processes = keeper.processes(cluster)
     for machine in cluster.machines:
         well = machine in nodes or (machine == CONTROL_PLANE and ready)
-        state = "ready" if well else "NOT ready"
-        print(f"  {machine:<14} {cluster.address(machine)!s:<15} pid {processes.get(machine, '-'):<8} {state}")
+        print(f"  {machine:<14} {cluster.address(machine)!s:<15} pid {processes.get(machine, '-'):<8} {_said(well)}")
     fallen = ended(cluster)
     for machine, program in fallen:
         print(f"  {program} on {machine} has ended; read {cluster.log(machine, program)}")
@@ -85,12 +81,24 @@ def status(name: str) -> bool:
     return ready and nodes == set(cluster.nodes) and not fallen
 
 
+def _said(ready: bool) -> str:
+    return "ready" if ready else "NOT ready"
+
+
 def running(name: str) -> bool:
     try:
-        cluster = Cluster.load(name)
+        running_cluster(name)
     except Failure:
         return False
-    return keeper.alive(cluster, "keeper") is not None and bool(keeper.processes(cluster))
+    return True
+
+
+def running_cluster(name: str) -> Cluster:
+    """The cluster of that name; Failure when it is not up."""
+    cluster = Cluster.load(name)
+    if keeper.alive(cluster, "keeper") is None or not keeper.processes(cluster):
+        raise Failure(f"cluster {name} has ended; start it with: hack/cluster --name {name} up")
+    return cluster
 
 
 def _prepare() -> None:
@@ -101,7 +109,7 @@ def _prepare() -> None:
 
 
 def _start(cluster: Cluster) -> None:
-    with _phase("namespaces and network"):
+    with phase("namespaces and network"):
         log = cluster.logs / "keeper.log"
         with log.open("ab") as output:
             process = subprocess.Popen(
@@ -114,11 +122,11 @@ def _start(cluster: Cluster) -> None:
             )
         _wait(cluster, process, "the machines", lambda: bool(keeper.processes(cluster)))
     api = Api(cluster.kubeconfig)
-    with _phase("API server"):
+    with phase("API server"):
         _wait(cluster, process, "kube-apiserver", api.ready)
-    with _phase("nodes"):
+    with phase("nodes"):
         _wait(cluster, process, "the nodes", lambda: answers(lambda: api.ready_nodes() == set(cluster.nodes)))
-    with _phase("DNS"):
+    with phase("DNS"):
         url = f"http://{cluster.address(CONTROL_PLANE)}:{server.DNS_HEALTH_PORT}/ready"
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         _wait(cluster, process, "CoreDNS", lambda: answers(lambda: direct.open(url, timeout=2).status == 200))
@@ -180,7 +188,7 @@ def _exclusively(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _phase(what: str) -> Iterator[None]:
+def phase(what: str) -> Iterator[None]:
     start = time.monotonic()
     yield
     print(f"{time.monotonic() - start:6.1f} s  {what}", flush=True)

@@ -1,4 +1,4 @@
-"""A machine of the cluster seen from inside: the first process of its namespaces, which gives it a file system of its own and runs its programs."""
+"""A machine of the cluster from inside: its first process gives it files of its own and runs its programs."""
 
 import os
 import socket
@@ -30,7 +30,7 @@ class Machine:
         return self.cluster.state / self.name
 
     def isolate(self) -> None:
-        """Give the machine what it may write to: private copies of /etc, /var and /run. The rest it shares with the host."""
+        """Give the machine what it may write to: its own /etc, /var and /run. The rest it shares with the host."""
         mount("--make-rshared", "/")  # propagation works inside; at the namespace's border everything stays private
         kept = [(path, os.open(path, os.O_PATH)) for path in (cache(), HACK.parent)]
         scratch = self.files / "scratch"

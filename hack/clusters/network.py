@@ -1,4 +1,4 @@
-"""The network of a cluster: a bridge in the control plane's namespace, and a pair of interfaces to it from every node and from the host."""
+"""The network of a cluster: a bridge in the control plane's namespace, to which every node and the host are plugged."""
 
 import subprocess
 from collections.abc import Mapping

@@ -14,7 +14,7 @@ from hack.clusters.machine import Machine, mount, tmpfs
 PAUSE_IMAGE = "kubepcap.invalid/pause:dev"
 PAUSE_ARCHIVE = "pause.tar"
 
-# What a node must not share with the other one, nor keep on an overlay of ours (containerd lays overlays of its own over it).
+# What a node must not share with another, nor keep on an overlay of ours: containerd lays overlays of its own over it.
 OWN_DIRECTORIES = ("/var/lib/containerd", "/var/lib/kubelet", "/var/lib/cni", "/var/lib/kubepcap", "/var/log")
 
 # kubelet sets these for the whole machine. It is shown files that hold what it wants, and then writes nothing.
@@ -24,7 +24,7 @@ CONTAINERD = f"""\
 version = 2
 [plugins."io.containerd.grpc.v1.cri"]
   sandbox_image = "{PAUSE_IMAGE}"
-  # Without CAP_SYS_RESOURCE a score can't be lowered, and sandboxes would fail with "can't get final child's PID from pipe".
+  # Without CAP_SYS_RESOURCE no score can be lowered; sandboxes would fail with "can't get final child's PID from pipe".
   restrict_oom_score_adj = true
   disable_apparmor = true
   stream_server_address = "127.0.0.1"

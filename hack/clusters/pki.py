@@ -1,4 +1,4 @@
-"""The certificates of a cluster: one authority for its users and servers, one for the front proxy, and kubeconfigs that hold theirs."""
+"""The certificates of a cluster: an authority for users and servers, one for the front proxy, and kubeconfigs."""
 
 import base64
 import dataclasses
@@ -60,7 +60,7 @@ class Authority:
         return Pair(self.certificate, _pem(self._key))
 
     def issue(self, name: str, *, groups: Sequence[str] = (), hosts: Sequence[str] = ()) -> Pair:
-        """A certificate for a user (`name` with its `groups`, as Kubernetes reads a subject) or a server (`hosts`: names and addresses)."""
+        """A certificate for a user, whose `groups` Kubernetes reads from it, or for a server of the `hosts` named."""
         key = ec.generate_private_key(ec.SECP256R1())
         attributes = [x509.NameAttribute(NameOID.ORGANIZATION_NAME, group) for group in groups]
         subject = x509.Name([*attributes, x509.NameAttribute(NameOID.COMMON_NAME, name)])

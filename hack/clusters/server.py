@@ -114,7 +114,7 @@ def run(machine: Machine) -> None:
 def _start_dns(machine: Machine) -> None:
     cluster = machine.cluster
     objects = DNS_OBJECTS.read_text().format(address=machine.address, service=DNS_SERVICE)
-    kubectl = [find("kubectl"), f"--kubeconfig={cluster.kubeconfig}", "apply", "--filename=-"]
+    kubectl = [str(find("kubectl")), f"--kubeconfig={cluster.kubeconfig}", "apply", "--filename=-"]
     log = cluster.log(machine.name, "dns-objects")
     with log.open("ab") as output:
         done = subprocess.run(kubectl, input=objects.encode(), stdout=output, stderr=subprocess.STDOUT, check=False)

@@ -1,1 +1,1 @@
-"""The project's images without a daemon and without a registry: `hack/images.toml` becomes OCI layers, manifests and the Dockerfile."""
+"""The project's images without a daemon or a registry: `hack/images.toml` becomes OCI images and the Dockerfile."""

@@ -1,4 +1,4 @@
-"""Building what is stale: each layer is made once for what goes into it, and images that share a base share its layers."""
+"""Building what is stale: a layer is made once for what goes into it, and images that share a base share its layers."""
 
 import hashlib
 import os
@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from hack.clusters.binaries import find
 from hack.clusters.cluster import cache
@@ -67,7 +67,7 @@ class Builder:
     def _base_layer(self, base: Base) -> Descriptor:
         return self._store.layer(self._base_key(base), lambda output: self._write_base(base, output))
 
-    def _write_base(self, base: Base, output: BinaryIO) -> None:
+    def _write_base(self, base: Base, output: IO[bytes]) -> None:
         pack(self._root(base), ["."], output)
 
     def _root(self, base: Base) -> Path:
@@ -92,7 +92,7 @@ class Builder:
         lock = self._project / requirements.lock
         key = _key(self._base_key(base), repr(requirements), lock.read_bytes())
 
-        def write(output: BinaryIO) -> None:
+        def write(output: IO[bytes]) -> None:
             start = time.monotonic()
             place = self._root(base) / requirements.directory.lstrip("/")
             shutil.rmtree(place, ignore_errors=True)
@@ -112,7 +112,7 @@ class Builder:
         content = [part for name, file in zip(names, files, strict=True) for part in (name, file.read_bytes())]
         key = _key(self._base_key(image.base), repr(image.copy), *content)
 
-        def write(output: BinaryIO) -> None:
+        def write(output: IO[bytes]) -> None:
             start = time.monotonic()
             place = f"{image.base.directory}/"
             for name, file in zip(names, files, strict=True):
@@ -125,7 +125,7 @@ class Builder:
 
         return self._store.layer(key, write)
 
-    def _pack_compiled(self, base: Base, directories: Sequence[str], output: BinaryIO) -> None:
+    def _pack_compiled(self, base: Base, directories: Sequence[str], output: IO[bytes]) -> None:
         """Compile what lies in these directories of the base's root, write it as a layer and remove it again."""
         root = self._root(base)
         self._run(["chroot", root, *rootfs.compileall(*directories)], what=f"the Python in {', '.join(directories)}")

@@ -5,13 +5,13 @@ import stat
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 
-def pack(root: Path, paths: Iterable[str], output: BinaryIO) -> None:
-    """Write the trees `paths` (relative to `root`; "." is all of it) as a layer: sorted, owned as on disk, without times.
+def pack(root: Path, paths: Iterable[str], output: IO[bytes]) -> None:
+    """Write the trees `paths` (relative to `root`; "." is all of it) as a layer: sorted and without times.
 
-    Device files and sockets are left out: a container runtime makes its own /dev.
+    Owners and modes are those on disk. Device files and sockets are left out: a container runtime makes its own /dev.
     """
     with tarfile.open(fileobj=output, mode="w", format=tarfile.PAX_FORMAT) as archive:
         inodes: dict[tuple[int, int], str] = {}

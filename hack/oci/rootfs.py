@@ -4,9 +4,7 @@ from hack.oci.recipe import Base, Requirements
 
 _UNWANTED = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*", "/usr/share/lintian/*")
 # What differs from one run to the next, and what only a machine of its own needs.
-_CLEANING = (
-    'cd "$1" && rm -rf var/log/*.log var/log/apt var/cache/ldconfig etc/machine-id etc/resolv.conf etc/hostname'
-)
+_CLEANING = 'cd "$1" && rm -rf var/log/*.log var/log/apt var/cache/ldconfig etc/machine-id etc/resolv.conf etc/hostname'
 _WANTED = ("/usr/share/doc/*/copyright",)
 
 
@@ -30,7 +28,7 @@ def setup(base: Base, *, target: str) -> list[str]:
 
 
 def pip(requirements: Requirements, *, lock: str, target: str) -> list[str]:
-    """The arguments of `pip` that install a base's Python packages: wheels for that Python alone, whichever runs pip."""
+    """The arguments of `pip` that install a base's Python packages: wheels for its Python, whichever runs pip."""
     version = requirements.python.replace(".", "")
     # manylinux names are minimums, and pip takes none for granted but those it is told; Debian 12 has glibc 2.36.
     platforms = [f"manylinux_2_{minor}_{{machine}}" for minor in (36, 35, 34, 31, 28, 26, 24, 17, 12, 5)]
@@ -52,5 +50,5 @@ def pip(requirements: Requirements, *, lock: str, target: str) -> list[str]:
 
 
 def compileall(*directories: str) -> list[str]:
-    """The command, inside the image, that compiles Python ahead: the file system is read-only later, and files' times are all zero."""
+    """The command inside the image that compiles Python ahead: later nothing can be written."""
     return ["python3", "-m", "compileall", "-q", "-f", "-j", "1", "--invalidation-mode=unchecked-hash", *directories]

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from hack.oci.recipe import Image
 
@@ -41,7 +41,7 @@ class Store:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def layer(self, key: str, write: Callable[[BinaryIO], None]) -> Descriptor:
+    def layer(self, key: str, write: Callable[[IO[bytes]], None]) -> Descriptor:
         """The layer of a recipe with this key; `write` makes it when it isn't there."""
         record = self._layers / key
         with contextlib.suppress(FileNotFoundError):
@@ -51,7 +51,7 @@ class Store:
                 return descriptor
         with tempfile.NamedTemporaryFile(dir=self._blobs, prefix=".new-", delete=False) as file:
             try:
-                write(file)
+                write(file.file)
                 file.seek(0)
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 descriptor = _descriptor("layer.v1.tar", digest, file.tell())
@@ -88,8 +88,8 @@ class Store:
         manifest: dict[str, Any] = json.loads(self._path(descriptor).read_text())
         return manifest
 
-    def export(self, images: Mapping[str, Descriptor], output: BinaryIO) -> None:
-        """Write images, by full name, as one OCI layout archive, which `ctr images import` reads; shared layers are in it once."""
+    def export(self, images: Mapping[str, Descriptor], output: IO[bytes]) -> None:
+        """Write images, by full name, as an OCI archive for `ctr images import`; a shared layer is in it once."""
         manifests = []
         blobs: dict[str, Descriptor] = {}
         for reference, descriptor in images.items():
@@ -111,7 +111,7 @@ class Store:
                     archive.addfile(info, content)
 
     def prune(self) -> None:
-        """Remove what was not used for two weeks, so that the cache does not grow with every change of a source file."""
+        """Remove what was not used for two weeks: every change of a source file makes a new layer."""
         old = time.time() - _KEPT
         for path in (*self._layers.iterdir(), *self._blobs.iterdir(), *self.directory.glob("rootfs-*")):
             if path.stat().st_mtime < old:

@@ -1,0 +1,123 @@
+"""Putting this checkout into a cluster: images into the nodes, `manifests/` into the API server, until all is ready."""
+
+import json
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+from hack.clusters.binaries import HACK
+from hack.clusters.cluster import Cluster
+from hack.clusters.failure import Failure
+from hack.clusters.keeper import entering
+from hack.clusters.kubectl import Kubectl
+from hack.clusters.lifecycle import phase
+from hack.oci.build import builder, store
+from hack.oci.store import Descriptor
+
+MANIFESTS = HACK.parent / "manifests"
+NAMESPACE = "kubepcap"
+PATIENCE = 180
+
+# Refused or allowed, either answer comes from the webhook.
+PROBE = {
+    "apiVersion": "kubepcap.io/v1",
+    "kind": "PacketCapture",
+    "metadata": {"name": "install-probe", "namespace": "default"},
+    "spec": {"selector": "app == 'install-probe'"},
+}
+
+
+def install(cluster: Cluster) -> None:
+    """Install or update; Failure says what did not become ready."""
+    kubectl = Kubectl(cluster.kubeconfig)
+    with phase("images"):
+        images = builder().build()
+    with phase("images loaded"):
+        load(cluster, images)
+    with phase("manifests applied"):
+        kubectl("apply", "--kustomize", str(MANIFESTS))
+        restart_stale(kubectl, images)
+    with phase("ready"):
+        wait_until_ready(kubectl)
+
+
+def load(cluster: Cluster, images: Mapping[str, Descriptor]) -> None:
+    """Import into every node those images that it has not, or has in another version."""
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda node: _load(cluster, node, images), cluster.nodes))
+
+
+def restart_stale(kubectl: Kubectl, images: Mapping[str, Descriptor]) -> None:
+    """Restart what runs an older image: the tag is the same, so Kubernetes can't know."""
+    wanted = {reference: store().manifest(descriptor)["config"]["digest"] for reference, descriptor in images.items()}
+    stale = set()
+    for pod in kubectl.json("get", "pods", f"--namespace={NAMESPACE}")["items"]:
+        for container in pod["status"].get("containerStatuses", ()):
+            if container["imageID"] and container["imageID"] != wanted.get(container["image"], container["imageID"]):
+                stale.add(pod["metadata"]["labels"]["app.kubernetes.io/component"])
+    for component in sorted(stale):
+        label = f"--selector=app.kubernetes.io/component={component}"
+        kubectl("rollout", "restart", "deployments,daemonsets", f"--namespace={NAMESPACE}", label)
+
+
+def wait_until_ready(kubectl: Kubectl) -> None:
+    """Wait until the kinds are established, every pod is ready, the API is available and the webhook answers."""
+    deadline = time.monotonic() + PATIENCE
+    crds = ["packetcaptures.kubepcap.io", "capturepolicies.kubepcap.io", "capturenodes.kubepcap.io"]
+    kubectl("wait", "crd", *crds, "--for=condition=Established", "--timeout=60s")
+    namespace = f"--namespace={NAMESPACE}"
+    for workload in kubectl("get", "deployments,daemonsets", namespace, "--output=name").stdout.split():
+        left = max(1, round(deadline - time.monotonic()))
+        status = ["rollout", "status", workload, namespace, f"--timeout={left}s"]
+        done = kubectl(*status, check=False, timeout=left + 30)
+        if done.returncode != 0:
+            pods = kubectl("get", "pods", namespace, "--output=wide").stdout
+            raise Failure(f"{workload} did not become ready: {done.stderr.strip()}\n{pods}{_events(kubectl)}")
+    api = ["wait", "apiservice/v1.subresources.kubepcap.io", "--for=condition=Available", "--timeout=60s"]
+    kubectl(*api)
+    _poll("the webhook does not answer", deadline, lambda: _webhook_objection(kubectl))
+
+
+def _webhook_objection(kubectl: Kubectl) -> str | None:
+    done = kubectl("create", "--dry-run=server", "--filename=-", input=json.dumps(PROBE), check=False)
+    answered = done.returncode == 0 or "denied the request" in done.stderr
+    return None if answered else done.stderr.strip()
+
+
+def _poll(what: str, deadline: float, objection: Callable[[], str | None]) -> None:
+    while said := objection():
+        if time.monotonic() > deadline:
+            raise Failure(f"{what}: {said}")
+        time.sleep(0.2)
+
+
+def _events(kubectl: Kubectl) -> str:
+    warnings = ["get", "events", f"--namespace={NAMESPACE}", "--field-selector=type=Warning"]
+    lines = kubectl(*warnings, "--sort-by=.lastTimestamp", check=False).stdout.splitlines()
+    return "\n".join(lines[-10:])
+
+
+def _load(cluster: Cluster, node: str, images: Mapping[str, Descriptor]) -> None:
+    ctr = [*entering(cluster, node), "ctr", "--namespace=k8s.io", "images"]
+    listing = subprocess.run([*ctr, "list"], capture_output=True, text=True, check=False)
+    if listing.returncode != 0:
+        raise Failure(f"containerd on {node} does not answer", log=cluster.log(node, "containerd"))
+    # REF TYPE DIGEST …
+    present = {fields[0]: fields[2] for line in listing.stdout.splitlines()[1:] if len(fields := line.split()) > 2}
+    missing = {name: image for name, image in images.items() if present.get(name) != image["digest"]}
+    if not missing:
+        return
+    process = subprocess.Popen(
+        [*ctr, "import", "-"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    assert process.stdin is not None
+    assert process.stderr is not None
+    try:
+        with process.stdin as archive:
+            store().export(missing, archive)
+    except BrokenPipeError:
+        pass  # what the importer says tells why
+    said = process.stderr.read().decode(errors="replace")
+    if process.wait() != 0:
+        raise Failure(f"{node} could not import {', '.join(missing)}: {said.strip()}")
