@@ -8,10 +8,15 @@ import time
 
 SUFFIX = ".pcap"
 
+WEBHOOK_PATH_SECRET = "kubepcap-webhook-path"  # noqa: S105 - its name
+"""The Secret with the last segment of the webhook's paths, which only kube-apiserver is to know."""
+WEBHOOK_PATH_KEY = "path"
+
 _LONGEST_POD = 150
 _UID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 _DNS_LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 _DNS_SUBDOMAIN = re.compile(rf"{_DNS_LABEL}(\.{_DNS_LABEL})*")
+_WEBHOOK_PATH = re.compile(r"[a-z0-9]{16,63}")
 _UNSAFE_IN_INTERFACE = re.compile(r"[^A-Za-z0-9.@+-]")
 _FILE_NAME = re.compile(
     r"[a-z0-9][-a-z0-9.]{0,149}_[A-Za-z0-9.@+=-]{1,15}-\d{8}T\d{6}\.\d{9}Z-[0-9a-f]{8}-\d{1,10}" + re.escape(SUFFIX)
@@ -53,6 +58,11 @@ def is_dns_subdomain(text: str) -> bool:
 def agent_server_name(node: str) -> str:
     """The DNS name in the certificate of the node's agent; it is resolved nowhere."""
     return f"{node}.agent.kubepcap"
+
+
+def is_webhook_path(text: str) -> bool:
+    """Whether it can be the unguessable segment: kube-apiserver wants a DNS label, and we want it long."""
+    return _WEBHOOK_PATH.fullmatch(text) is not None
 
 
 def format_time(nanoseconds: int) -> str:

@@ -6,24 +6,20 @@ guessed, and that only kube-apiserver's configuration holds, stands in for one.
 
 import base64
 import hmac
-import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import web
 
+from api.names import WEBHOOK_PATH_KEY, WEBHOOK_PATH_SECRET, is_webhook_path
 from kube.client import SECRETS, Client
 from kube.status import StatusError, bad_request
 from kube.watch import Cache
 from webhook.admission import Admission
 from webhook.review import Answer, Request, ReviewError, parse
 
-PATH_SECRET = "kubepcap-webhook-path"  # noqa: S105 - its name
-PATH_KEY = "path"
 LARGEST_BODY = 8 * 2**20
 """Bytes; a review carries the old and the new object, each of at most 3 MiB (kube-apiserver's limit of a request)."""
-
-_PATH = re.compile(r"[a-z0-9]{16,63}")
 
 
 def application(admission: Admission, *, paths: Callable[[], frozenset[str]]) -> web.Application:
@@ -54,14 +50,14 @@ def application(admission: Admission, *, paths: Callable[[], frozenset[str]]) ->
 
 def path_cache(client: Client, *, namespace: str) -> Cache[str]:
     """Follow the Secret with the path, which the controller makes."""
-    return Cache(client, SECRETS, read_path, namespace=namespace, field_selector=f"metadata.name={PATH_SECRET}")
+    return Cache(client, SECRETS, read_path, namespace=namespace, field_selector=f"metadata.name={WEBHOOK_PATH_SECRET}")
 
 
 def read_path(secret: dict[str, Any]) -> str:
     """Raises `ValueError`."""
-    path = base64.b64decode((secret.get("data") or {}).get(PATH_KEY, "")).decode()
-    if not _PATH.fullmatch(path):
-        raise ValueError(f"its key {PATH_KEY} is no path: 16 to 63 lower-case letters and digits")
+    path = base64.b64decode((secret.get("data") or {}).get(WEBHOOK_PATH_KEY, "")).decode()
+    if not is_webhook_path(path):
+        raise ValueError(f"its key {WEBHOOK_PATH_KEY} is no path: 16 to 63 lower-case letters and digits")
     return path
 
 

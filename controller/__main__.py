@@ -1,0 +1,68 @@
+"""`python -m controller`: what one replica at a time does for the whole cluster."""
+
+import asyncio
+from dataclasses import dataclass
+from datetime import timedelta
+
+from controller.bundles import Bundles
+from controller.captures import Captures
+from controller.leadership import lead
+from controller.signer import Signer
+from kube.client import Client
+from kube.serve import environment, health, listening, number, run
+
+LEASE = "kubepcap-controller"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """From the environment."""
+
+    pod: str
+    namespace: str
+    health_port: int
+    counters_interval: timedelta
+
+    @classmethod
+    def read(cls) -> "Settings":
+        """Raises `kube.serve.SettingsError`."""
+        return cls(
+            pod=environment("POD_NAME"),
+            namespace=environment("POD_NAMESPACE"),
+            health_port=number("HEALTH_PORT", default=8080, high=65535),
+            counters_interval=timedelta(
+                seconds=number("COUNTERS_INTERVAL_SECONDS", default=60, low=1, high=3600),
+            ),
+        )
+
+
+async def main() -> None:
+    settings = Settings.read()
+    async with (
+        Client.connect(user_agent="kubepcap-controller") as client,
+        # A follower is ready too: there is nothing that it could do wrong.
+        listening(health({}), port=settings.health_port, grace=1),
+    ):
+        await lead(
+            client,
+            namespace=settings.namespace,
+            name=LEASE,
+            identity=settings.pod,
+            work=lambda: work(client, settings),
+        )
+
+
+async def work(client: Client, settings: Settings) -> None:
+    """All of the leader's work, until cancelled. A part that fails ends it, and the process with it."""
+    bundles = Bundles(client, namespace=settings.namespace)
+    signer = Signer(client, namespace=settings.namespace, authority=lambda: bundles.authority)
+    captures = Captures(client, counters_interval=settings.counters_interval)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(captures.run(), name="captures")
+        tasks.create_task(bundles.run(), name="bundles")
+        await bundles.published.wait()
+        tasks.create_task(signer.run(), name="signer")
+
+
+if __name__ == "__main__":
+    run("controller", main)
