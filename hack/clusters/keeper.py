@@ -1,8 +1,8 @@
 """The process that a cluster lives by: `python -m hack.clusters.keeper NAME`.
 
 It starts the machines, and they die with it: each is tied to its parent by a death signal, and a PID namespace ends
-with its first process. A sweeper beside it, which watches it end, removes what the kernel leaves: cgroups. Either of the
-two may be killed at any moment.
+with its first process. A sweeper beside it, which watches it end, removes what the kernel leaves: cgroups. Either of
+the two may be killed at any moment.
 """
 
 import fcntl

@@ -30,7 +30,7 @@ def _base(base: Base, *, suite: str) -> Iterator[str]:
     yield f"FROM debian:{suite}-slim AS build-{base.name}"
     yield f"RUN apt-get update && apt-get install --yes --no-install-recommends {' '.join(packages)}"
     yield f"RUN {_wrapped(rootfs.mmdebstrap(base, suite=suite, target=root))}"
-    yield f"RUN {shlex.join(rootfs.setup(base, target=root))}"
+    yield "RUN " + shlex.join(rootfs.setup(base, target=root)).replace(" && ", " && \\\n    ")
     if base.compile:
         yield f"RUN {shlex.join(['chroot', root, *rootfs.compileall(base.compile)])}"
     if base.requirements:

@@ -1,0 +1,7 @@
+"""Options of the whole test run; they have to be known before pytest reads the folders below."""
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--keep", action="store_true", help="leave the end-to-end cluster up, and use it if it is")
