@@ -129,9 +129,13 @@ class InterfaceStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetStatus:
-    """What a target does. `reason` is one CamelCase word, `message` a sentence; both empty when all is well."""
+    """What a target does. `reason` is one CamelCase word, `message` a sentence; both empty when all is well.
+
+    `started` (ns since the epoch) tells one run of a target from a later one.
+    """
 
     target: Target
+    started: int
     state: State
     reason: str = ""
     message: str = ""

@@ -46,6 +46,7 @@ TIMEOUT_MILLISECONDS: Final = 50
 """How long the kernel may hold a packet back to fill a block: short enough for a live view, long enough to batch."""
 
 _PR_SET_PDEATHSIG: Final = 1
+_GOODBYE_SECONDS: Final = 1.0
 _STACK_BYTES: Final = 512 << 10
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class TargetCapture:
     ) -> None:
         """`captures` is a descriptor of the directory that holds a directory per PacketCapture."""
         self.target = target
+        self._started = time.time_ns()
         self._host_namespace = host_namespace
         self._captures = captures
         self._on_change: Callable[[], None] = functools.partial(on_change, target.id)
@@ -84,7 +86,14 @@ class TargetCapture:
     def status(self) -> TargetStatus:
         interfaces = tuple(interface.status for interface in self._interfaces or ())
         state, reason, message = self._state(interfaces)
-        return TargetStatus(target=self.target, state=state, reason=reason, message=message, interfaces=interfaces)
+        return TargetStatus(
+            target=self.target,
+            started=self._started,
+            state=state,
+            reason=reason,
+            message=message,
+            interfaces=interfaces,
+        )
 
     @property
     def settled(self) -> bool:
@@ -253,6 +262,16 @@ class Worker:
             self._stop_due()
             self._announce()
             self._answer_waiting()
+        self._say_goodbye()
+
+    def _say_goodbye(self) -> None:
+        """Tell each agent how its targets ended, for as long as it listens."""
+        self._changed.update(self._targets)
+        self._announce()
+        for connection in self._connections:
+            connection.channel.settimeout(_GOODBYE_SECONDS)
+            with contextlib.suppress(OSError):
+                connection.channel.sendall(connection.to_send)
 
     def _changed_in_thread(self, target_id: str) -> None:
         with self._lock:

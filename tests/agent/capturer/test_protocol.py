@@ -65,6 +65,7 @@ interfaces = st.builds(
 statuses = st.builds(
     TargetStatus,
     target=targets,
+    started=numbers,
     state=st.sampled_from(State),
     reason=st.text(),
     message=st.text(),

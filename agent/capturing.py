@@ -1,0 +1,247 @@
+"""The agent's side of the capturer: keeps it doing what is wanted, whichever of the two was restarted.
+
+Level-triggered: `want` replaces the whole set of targets, and every connection begins by asking what the capturer does
+already. What differs is stopped, what is missing is started, what failed is tried again after a growing pause.
+"""
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final, NoReturn
+
+from agent.capturer.protocol import (
+    LINE_LIMIT,
+    Changed,
+    Reply,
+    Report,
+    Start,
+    Stop,
+    Target,
+    TargetStatus,
+    decode,
+    encode,
+)
+from kube.watch import Signal
+
+_AT_ONCE: Final = 16
+_FIRST_RETRY: Final = 0.5
+_LONGEST_RETRY: Final = 30.0
+_RECONNECT: Final = 0.1
+
+log = logging.getLogger(__name__)
+
+
+class CapturerError(Exception):
+    """The capturer can't be reached, or refused; the message says which."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """A run that ended although it is still wanted, kept until the next one settled."""
+
+    status: TargetStatus
+    pause: float
+    retry_at: float
+
+
+class Capturer:
+    """What the capturer does, and the means to change it."""
+
+    def __init__(
+        self,
+        socket: Path,
+        *,
+        on_status: Callable[[TargetStatus], None],
+        on_end: Callable[[TargetStatus], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`on_status` is called with all that the capturer tells, `on_end` once for each run, with its last status."""
+        self._socket = socket
+        self._on_status = on_status
+        self._on_end = on_end
+        self._clock = clock
+        self._wanted: Mapping[str, Target] = {}
+        self._statuses: dict[str, TargetStatus] = {}
+        self._failures: dict[str, _Failure] = {}
+        self._working: set[str] = set()
+        self._changed = Signal()
+        self._numbers = itertools.count(1)
+        self._replies: dict[int, asyncio.Future[Reply]] = {}
+        self._writer: asyncio.StreamWriter | None = None
+        self._known = asyncio.Event()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the capturer has said what it does, and the connection still stands."""
+        return self._known.is_set()
+
+    async def known(self) -> None:
+        """Wait until that is so."""
+        await self._known.wait()
+
+    @property
+    def engaged(self) -> frozenset[str]:
+        """Targets whose files the capturer may be writing: started, or being started or stopped."""
+        return frozenset(self._statuses.keys() | self._working)
+
+    def want(self, targets: Mapping[str, Target]) -> None:
+        """Capture these targets and no others."""
+        self._wanted = MappingProxyType(dict(targets))
+        self._changed.set()
+
+    def status(self, target_id: str) -> TargetStatus | None:
+        """What a wanted target does; after a failure that of the last run, until another one settled."""
+        failure = self._failures.get(target_id)
+        return failure.status if failure is not None else self._statuses.get(target_id)
+
+    def running(self) -> list[TargetStatus]:
+        """All runs of which the capturer still has a status."""
+        return list(self._statuses.values())
+
+    async def refresh(self, ids: Iterable[str] | None = None, *, flush: bool = False) -> None:
+        """Ask for new statuses, with `flush` after all packets seen were written to the files. Raises CapturerError."""
+        chosen = tuple(ids) if ids is not None else None
+        reply = await self._ask(Report(request=next(self._numbers), ids=chosen, flush=flush))
+        for status in reply.targets:
+            self._told(status)
+
+    async def run(self) -> NoReturn:
+        """Stay connected for ever."""
+        told = False
+        while True:
+            try:
+                reader, self._writer = await asyncio.open_unix_connection(self._socket, limit=LINE_LIMIT)
+            except OSError as error:
+                if not told:
+                    log.warning("the capturer can't be reached at %s: %s", self._socket, error)
+                    told = True
+                await asyncio.sleep(_RECONNECT)
+                continue
+            told = False
+            try:
+                await self._serve(reader)
+            except* (ConnectionError, ValueError, CapturerError) as group:
+                log.warning("the connection to the capturer ended: %s", "; ".join(map(str, group.exceptions)))
+            finally:
+                self._disconnected()
+            await asyncio.sleep(_RECONNECT)
+
+    async def _serve(self, reader: asyncio.StreamReader) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._read(reader), name="capturer replies")
+            reply = await self._ask(Report(request=next(self._numbers)))
+            self._learn(reply.targets)
+            while True:
+                self._converge(tasks)
+                await self._changed.wait(self._seconds_to_retry())
+
+    def _learn(self, statuses: tuple[TargetStatus, ...]) -> None:
+        """Take up what the capturer does; runs of before that it does not know have ended with the worker."""
+        present = {status.target.id: status for status in statuses}
+        for target_id, old in list(self._statuses.items()):
+            new = present.get(target_id)
+            if new is None or new.started != old.started:
+                del self._statuses[target_id]
+                self._on_end(old)
+        self._known.set()
+        for status in statuses:
+            self._told(status)
+
+    def _converge(self, tasks: asyncio.TaskGroup) -> None:
+        now = self._clock()
+        for target_id in self._failures.keys() - self._wanted.keys():
+            del self._failures[target_id]
+        for target_id, status in list(self._statuses.items()):
+            unwanted = self._wanted.get(target_id) != status.target or status.state.ended
+            if unwanted and len(self._working) < _AT_ONCE and target_id not in self._working:
+                self._working.add(target_id)
+                tasks.create_task(self._stop(target_id), name=f"stop {target_id}")
+        for target_id, target in self._wanted.items():
+            failure = self._failures.get(target_id)
+            due = failure is None or failure.retry_at <= now
+            absent = target_id not in self._statuses and target_id not in self._working
+            if absent and due and len(self._working) < _AT_ONCE:
+                self._working.add(target_id)
+                tasks.create_task(self._start(target), name=f"start {target_id}")
+
+    def _seconds_to_retry(self) -> float | None:
+        retries = [failure.retry_at for target_id, failure in self._failures.items() if target_id not in self._statuses]
+        return max(0.01, min(retries) - self._clock()) if retries else None
+
+    async def _start(self, target: Target) -> None:
+        try:
+            reply = await self._ask(Start(request=next(self._numbers), target=target))
+            for status in reply.targets:
+                self._told(status)
+                if not status.state.ended:
+                    self._failures.pop(target.id, None)
+        finally:
+            self._working.discard(target.id)
+            self._changed.set()
+
+    async def _stop(self, target_id: str) -> None:
+        try:
+            reply = await self._ask(Stop(request=next(self._numbers), id=target_id))
+            for status in reply.targets:
+                self._on_status(status)
+                self._ended(status)
+            self._statuses.pop(target_id, None)
+        finally:
+            self._working.discard(target_id)
+            self._changed.set()
+
+    def _ended(self, status: TargetStatus) -> None:
+        target_id = status.target.id
+        if self._wanted.get(target_id) == status.target:
+            earlier = self._failures.get(target_id)
+            pause = min(earlier.pause * 2, _LONGEST_RETRY) if earlier else _FIRST_RETRY
+            self._failures[target_id] = _Failure(status, pause, self._clock() + pause)
+            log.warning("capture of %s ended: %s %s", status.target.pod_name, status.reason, status.message)
+        self._on_end(status)
+
+    def _told(self, status: TargetStatus) -> None:
+        self._statuses[status.target.id] = status
+        self._on_status(status)
+        if status.state.ended:
+            self._changed.set()
+
+    async def _ask(self, message: Start | Stop | Report) -> Reply:
+        if self._writer is None:
+            raise CapturerError("the capturer is not connected")
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._replies[message.request] = future
+        try:
+            self._writer.write(encode(message))
+            reply = await future
+        finally:
+            self._replies.pop(message.request, None)
+        if reply.error:
+            raise CapturerError(f"the capturer refused: {reply.error}")
+        return reply
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        while line := await reader.readline():
+            message = decode(line)
+            if isinstance(message, Changed):
+                # A change may overtake the answer to a stop, but never tells of a run that was forgotten.
+                self._told(message.target)
+            elif isinstance(message, Reply):
+                future = self._replies.get(message.request)
+                if future is not None and not future.done():
+                    future.set_result(message)
+        raise ConnectionResetError("the capturer closed it")
+
+    def _disconnected(self) -> None:
+        self._known.clear()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        for future in self._replies.values():
+            if not future.done():
+                future.set_exception(CapturerError("the capturer went away"))
+        self._working.clear()

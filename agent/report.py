@@ -1,0 +1,139 @@
+"""Writes this node's CaptureNode object: at once when a state changes, seldom when only counters do.
+
+Every write goes to whoever watches, so what does not matter waits: `pace` decides, and is a pure function of the time.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final, NoReturn
+
+from api.capturenode import CaptureNodeStatus, Disk, NodeCapture
+from kube.client import CAPTURENODES, NODES, Client, Json
+from kube.status import StatusError
+from kube.watch import Signal
+
+FIELD_MANAGER: Final = "kubepcap-agent"
+_LONGEST_RETRY: Final = 30.0
+_MOST_CAPTURES: Final = 2000
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Intervals:
+    """Seconds between writes: at least, for changed states; at most, for changed counters; at most, for no change."""
+
+    states: float = 0.25
+    counters: float = 10.0
+    heartbeat: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What there is to report."""
+
+    captures: tuple[NodeCapture, ...] = ()
+    disk: Disk | None = None
+
+    @property
+    def states(self) -> list[tuple[object, ...]]:
+        """What a person waits for to change."""
+        return [(item.uid, item.state, item.reason, item.message, item.pods) for item in self.captures]
+
+
+def pace(*, written: Facts | None, written_at: float, current: Facts, now: float, intervals: Intervals) -> float:
+    """Seconds until the facts should be written; 0 means now. `written` is None before the first write."""
+    if written is None:
+        return 0.0
+    if written.states != current.states:
+        interval = intervals.states
+    elif written.captures != current.captures:
+        interval = intervals.counters
+    else:
+        interval = intervals.heartbeat
+    return max(0.0, written_at + interval - now)
+
+
+class Reporter:
+    """Owns the CaptureNode of this node."""
+
+    def __init__(
+        self,
+        client: Client,
+        *,
+        node: str,
+        pod: str,
+        version: str,
+        intervals: Intervals,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._client = client
+        self._node = node
+        self._pod = pod
+        self._version = version
+        self._intervals = intervals
+        self._clock = clock
+        self._current = Facts()
+        self._changed = Signal()
+        self._owner: Json | None = None
+
+    def update(self, captures: Sequence[NodeCapture], disk: Disk | None) -> None:
+        """Report this from now on; when it is written, `run` decides."""
+        if len(captures) > _MOST_CAPTURES:
+            log.warning("%d captures concern this node, %d are reported", len(captures), _MOST_CAPTURES)
+        ordered = sorted(captures, key=lambda capture: (capture.namespace, capture.name, capture.uid))
+        facts = Facts(tuple(ordered[:_MOST_CAPTURES]), disk)
+        if facts != self._current:
+            self._current = facts
+            self._changed.set()
+
+    async def run(self) -> NoReturn:
+        """Write for ever; what kube-apiserver refuses is tried again after a growing pause."""
+        written: Facts | None = None
+        written_at = float("-inf")
+        retry = 1.0
+        while True:
+            facts = self._current
+            wait = pace(
+                written=written,
+                written_at=written_at,
+                current=facts,
+                now=self._clock(),
+                intervals=self._intervals,
+            )
+            if wait > 0:
+                await self._changed.wait(wait)
+                continue
+            try:
+                await self._write(facts)
+            except StatusError as error:
+                log.warning("writing the CaptureNode %s: %s", self._node, error.message)
+                await asyncio.sleep(retry)
+                retry = min(retry * 2, _LONGEST_RETRY)
+                continue
+            retry = 1.0
+            written, written_at = facts, self._clock()
+
+    async def _write(self, facts: Facts) -> None:
+        if self._owner is None:
+            node = await self._client.get(NODES, self._node)
+            # Garbage collection then removes the object together with its Node.
+            self._owner = {"apiVersion": "v1", "kind": "Node", "name": self._node, "uid": node["metadata"]["uid"]}
+        status = CaptureNodeStatus(
+            heartbeat_time=datetime.now(UTC),
+            pod=self._pod,
+            version=self._version,
+            disk=facts.disk,
+            captures=list(facts.captures),
+        )
+        body: dict[str, Any] = {
+            "apiVersion": CAPTURENODES.api_version,
+            "kind": CAPTURENODES.kind,
+            "metadata": {"name": self._node, "ownerReferences": [self._owner]},
+            "status": status.to_json(),
+        }
+        await self._client.apply(CAPTURENODES, self._node, body, field_manager=FIELD_MANAGER)

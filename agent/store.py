@@ -1,0 +1,369 @@
+"""The capture files of this node: a directory per capture's UID, and beside each finished file a record of it.
+
+The capturer writes and rotates the files; the agent, which shares its group, reads them, writes the records, and
+removes what belongs to no capture any more. Until a file has its record, what is known of it is what the capturer told.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from pydantic import ValidationError
+
+from agent import pcapfile
+from agent.capturer.capture import Series
+from agent.capturer.protocol import FileStatus, Target, TargetStatus
+from api import names
+from api.files import PacketCaptureFile
+
+RECORD_SUFFIX: Final = ".json"
+_READ_BYTES: Final = 1 << 20
+
+log = logging.getLogger(__name__)
+
+
+class FileRecord(PacketCaptureFile):
+    """What is kept beside a finished file, for whoever finds the two."""
+
+    state: Literal["Finished"] = "Finished"
+    """Records are written of finished files only."""
+    pod_uid: str
+    """The pod's UID; after a crash of the agent only its first 8 digits are known."""
+    addresses: list[str]
+    """The pod's addresses."""
+    filter: str
+    """The filter, as libpcap compiled it."""
+    snap_length: int | None
+    """Bytes kept of each packet at most."""
+    recovered: bool
+    """Whether its writer died: then what it had not written yet is in no file and in no count."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What the capturer last told of a file."""
+
+    status: FileStatus
+    target: Target
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file on the disk, finished or not."""
+
+    capture_uid: str
+    name: str
+    size: int
+    finished: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Readable:
+    """An open file of which `size` bytes may be read. Whoever got it closes `descriptor`."""
+
+    descriptor: int
+    size: int
+    finished: bool
+    sha256: str | None
+
+
+class Store:
+    """All capture files below one directory."""
+
+    def __init__(self, directory: Path, *, node: str, engaged: Callable[[], Collection[str] | None]) -> None:
+        """`engaged` tells which targets' files may be written to right now; None when nobody knows."""
+        self._directory = directory
+        self._node = node
+        self._engaged = engaged
+        self._known: dict[str, dict[str, _Known]] = {}
+        self._records: dict[str, dict[str, FileRecord]] = {}
+        self._times: dict[tuple[str, str], tuple[int, int | None, int | None]] = {}
+
+    def observe(self, status: TargetStatus) -> bool:
+        """Take note of what the capturer says of a target's files. Returns whether a file was closed since."""
+        known = self._known.setdefault(status.target.capture_uid, {})
+        closed = False
+        for interface in status.interfaces:
+            for file in interface.files:
+                earlier = known.get(file.name)
+                closed |= not file.open and (earlier is None or earlier.status.open)
+                known[file.name] = _Known(file, status.target)
+        return closed
+
+    async def files(self, capture_uid: str) -> list[PacketCaptureFile]:
+        """The capture's files, by name. One whose writer died is listed once its record is written."""
+        return await asyncio.to_thread(self._list, capture_uid)
+
+    async def open(self, capture_uid: str, name: str) -> Readable:
+        """Open a file for reading. Raises FileNotFoundError."""
+        return await asyncio.to_thread(self._open, capture_uid, name)
+
+    def target_of(self, capture_uid: str, name: str) -> str | None:
+        """The target that is writing the file, None when it is finished or unknown."""
+        known = self._known.get(capture_uid, {}).get(name)
+        return known.target.id if known is not None and known.status.open else None
+
+    async def finish(self, *, on_recovered: Callable[[str, int], None]) -> None:
+        """Write the records that are missing. `on_recovered` gets, for each file whose writer died, the capture's UID
+        and how many packets more it holds than were told."""
+        before = self._engaged()
+        present = await asyncio.to_thread(lambda: list(self._unrecorded()))
+        after = self._engaged()
+        engaged = None if before is None or after is None else frozenset(before) | frozenset(after)
+        for capture_uid, name in present:
+            known = self._known.get(capture_uid, {}).get(name)
+            closed = known is not None and not known.status.open
+            if not closed and not self._is_abandoned(capture_uid, name, engaged):
+                continue
+            try:
+                record = await asyncio.to_thread(self._record, capture_uid, name, known)
+            except FileNotFoundError:
+                continue  # rotated away meanwhile
+            except OSError as error:
+                log.warning("record of %s: %s", name, error)
+                continue
+            if record.recovered:
+                log.warning("%s was left by a capturer that died: %d packets in it", name, record.packets)
+                on_recovered(capture_uid, record.packets - (known.status.packets if known else 0))
+
+    async def usage(self) -> list[StoredFile]:
+        """Every file, oldest first."""
+        return await asyncio.to_thread(self._usage)
+
+    async def records(self) -> list[tuple[str, FileRecord]]:
+        """The records of all finished files, each with the capture's UID."""
+        return await asyncio.to_thread(self._all_records)
+
+    async def remove(self, capture_uid: str, name: str) -> None:
+        """Remove one file and its record."""
+        await asyncio.to_thread(self._remove, capture_uid, name)
+
+    async def retain(self, capture_uids: Collection[str], *, writing: Callable[[], Collection[str]]) -> list[str]:
+        """Remove the files of all captures but these and those of targets in `writing`. Returns whose were removed."""
+        gone = []
+        for capture_uid in await asyncio.to_thread(self._capture_uids):
+            busy = {target_id.split("/")[0] for target_id in writing()}
+            if capture_uid not in capture_uids and capture_uid not in busy:
+                log.info("removing the files of capture %s, which is gone", capture_uid)
+                try:
+                    await asyncio.to_thread(shutil.rmtree, self._directory / capture_uid)
+                except OSError as error:
+                    log.warning("removing the files of capture %s: %s", capture_uid, error)
+                    continue
+                self._known.pop(capture_uid, None)
+                self._records.pop(capture_uid, None)
+                gone.append(capture_uid)
+        return gone
+
+    def _capture_uids(self) -> list[str]:
+        with contextlib.suppress(FileNotFoundError):
+            return [name for name in os.listdir(self._directory) if names.is_uid(name)]
+        return []  # the capturer makes the directory when it starts
+
+    def _names(self, capture_uid: str) -> list[str]:
+        with contextlib.suppress(FileNotFoundError):
+            return sorted(name for name in os.listdir(self._directory / capture_uid) if names.is_file_name(name))
+        return []
+
+    def _list(self, capture_uid: str) -> list[PacketCaptureFile]:
+        return [file for name in self._names(capture_uid) if (file := self._describe(capture_uid, name)) is not None]
+
+    def _describe(self, capture_uid: str, name: str) -> PacketCaptureFile | None:
+        record = self._read_record(capture_uid, name)
+        if record is not None:
+            return PacketCaptureFile(**record.model_dump(include=set(PacketCaptureFile.model_fields), by_alias=False))
+        known = self._known.get(capture_uid, {}).get(name)
+        if known is None:
+            return None
+        file = known.status
+        try:
+            first, last = self._live_times(capture_uid, file)
+        except FileNotFoundError:
+            return None
+        return PacketCaptureFile(
+            node=self._node,
+            pod=known.target.pod_name,
+            interface=file.interface,
+            name=name,
+            size=file.size,
+            packets=file.packets,
+            received=file.packets + file.dropped,
+            dropped=file.dropped,
+            first_packet_time=_format(first),
+            last_packet_time=_format(last),
+            state="Writing" if file.open else "Finished",
+        )
+
+    def _live_times(self, capture_uid: str, file: FileStatus) -> tuple[int | None, int | None]:
+        kept = self._times.get((capture_uid, file.name))
+        if kept is None or kept[0] != file.size:
+            with _opened(self._directory / capture_uid / file.name) as descriptor:
+                kept = file.size, *_times(descriptor, file)
+            self._times[capture_uid, file.name] = kept
+        return kept[1], kept[2]
+
+    def _open(self, capture_uid: str, name: str) -> Readable:
+        descriptor = os.open(self._directory / capture_uid / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        record = self._read_record(capture_uid, name)
+        if record is not None:
+            return Readable(descriptor, record.size, finished=True, sha256=record.sha256)
+        known = self._known.get(capture_uid, {}).get(name)
+        if known is not None:
+            return Readable(descriptor, known.status.size, finished=not known.status.open, sha256=None)
+        os.close(descriptor)
+        raise FileNotFoundError(f"{name} has no record yet")
+
+    def _unrecorded(self) -> Iterator[tuple[str, str]]:
+        for capture_uid in self._capture_uids():
+            for name in self._names(capture_uid):
+                if self._read_record(capture_uid, name) is None:
+                    yield capture_uid, name
+
+    def _all_records(self) -> list[tuple[str, FileRecord]]:
+        return [
+            (capture_uid, record)
+            for capture_uid in self._capture_uids()
+            for name in self._names(capture_uid)
+            if (record := self._read_record(capture_uid, name)) is not None
+        ]
+
+    def _is_abandoned(self, capture_uid: str, name: str, engaged: Collection[str] | None) -> bool:
+        """Whether nobody writes the file any more, though nobody told that it was closed."""
+        if engaged is None:
+            return False
+        series, sequence = Series.of(name)
+        if not any(target_id.startswith(f"{capture_uid}/{series.pod_uid}") for target_id in engaged):
+            return True
+        for other, known in list(self._known.get(capture_uid, {}).items()):
+            other_series, other_sequence = Series.of(other)
+            if known.status.open and other_series == series and other_sequence > sequence:
+                return True
+        return False
+
+    def _read_record(self, capture_uid: str, name: str) -> FileRecord | None:
+        kept = self._records.setdefault(capture_uid, {}).get(name)
+        if kept is not None:
+            return kept
+        try:
+            text = (self._directory / capture_uid / f"{name}{RECORD_SUFFIX}").read_bytes()
+            record = FileRecord.model_validate_json(text)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValidationError) as error:
+            log.warning("the record of %s can't be read and is made anew: %s", name, error)
+            return None
+        self._records[capture_uid][name] = record
+        return record
+
+    def _record(self, capture_uid: str, name: str, known: _Known | None) -> FileRecord:
+        """Make the record and write it. Raises FileNotFoundError when the file is gone, or not even begun."""
+        path = self._directory / capture_uid / name
+        closed = known is not None and not known.status.open
+        with _opened(path) as descriptor:
+            if known is not None and closed:
+                first, last = _times(descriptor, known.status)
+                size, packets = known.status.size, known.status.packets
+            else:
+                walk = pcapfile.whole_size(descriptor)
+                size, packets, first, last = walk.end, walk.packets, walk.first, walk.last
+            if not size:
+                path.unlink()
+                raise FileNotFoundError(f"{name} ended within its header")
+            digest = _sha256(descriptor, size)
+        series, _ = Series.of(name)
+        pod, _, interface = series.prefix.partition("_")
+        dropped = known.status.dropped if known else 0
+        record = FileRecord(
+            node=self._node,
+            pod=known.target.pod_name if known else pod,
+            interface=known.status.interface if known else interface,
+            name=name,
+            size=size,
+            packets=packets,
+            received=packets + dropped,
+            dropped=dropped,
+            first_packet_time=_format(first),
+            last_packet_time=_format(last),
+            sha256=digest,
+            pod_uid=known.target.pod_uid if known else series.pod_uid,
+            addresses=list(known.target.pod_addresses) if known else [],
+            filter=known.target.filter if known else "",
+            snap_length=known.target.snap_length if known else None,
+            recovered=not closed,
+        )
+        _write_atomically(path.with_name(f"{name}{RECORD_SUFFIX}"), record.model_dump_json(exclude_none=True).encode())
+        self._records.setdefault(capture_uid, {})[name] = record
+        return record
+
+    def _usage(self) -> list[StoredFile]:
+        """Also forgets what rotation has removed."""
+        files = []
+        for capture_uid in self._capture_uids():
+            present = self._names(capture_uid)
+            self._forget_rotated(capture_uid, frozenset(present))
+            for name in present:
+                with contextlib.suppress(FileNotFoundError):
+                    size = (self._directory / capture_uid / name).stat().st_size
+                    finished = self._read_record(capture_uid, name) is not None
+                    files.append(StoredFile(capture_uid, name, size, finished))
+        return sorted(files, key=lambda file: file.name.rsplit("-", 3)[1])
+
+    def _forget_rotated(self, capture_uid: str, present: Collection[str]) -> None:
+        for entry in os.listdir(self._directory / capture_uid):
+            name = entry.removesuffix(RECORD_SUFFIX)
+            if entry != name and names.is_file_name(name) and name not in present:
+                (self._directory / capture_uid / entry).unlink(missing_ok=True)
+        for kept in (self._records.get(capture_uid, {}), self._known.get(capture_uid, {})):
+            for name in kept.keys() - present:
+                kept.pop(name, None)
+        for key in [key for key in self._times if key[0] == capture_uid and key[1] not in present]:
+            self._times.pop(key, None)
+
+    def _remove(self, capture_uid: str, name: str) -> None:
+        path = self._directory / capture_uid / name
+        path.unlink(missing_ok=True)
+        path.with_name(f"{name}{RECORD_SUFFIX}").unlink(missing_ok=True)
+
+
+def _times(descriptor: int, file: FileStatus) -> tuple[int | None, int | None]:
+    """When the first and the last packet were seen, from the first header and those of the last batch."""
+    last = pcapfile.walk(descriptor, start=file.last_batch_offset, end=file.size).last
+    return pcapfile.first_time(descriptor, file.size), last
+
+
+def _format(moment: int | None) -> str | None:
+    return names.format_time(moment) if moment is not None else None
+
+
+def _sha256(descriptor: int, size: int) -> str:
+    digest = hashlib.sha256()
+    position = 0
+    while position < size:
+        data = os.pread(descriptor, min(_READ_BYTES, size - position), position)
+        if not data:
+            raise OSError(f"the file ends at byte {position} of {size}")
+        digest.update(data)
+        position += len(data)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_bytes(content)
+    temporary.replace(path)
