@@ -211,6 +211,7 @@ class Server:
             response.headers.add(hdrs.WARNING, f"299 - {json.dumps(warning)}")
         if self._draining:
             response.force_close()
+            response.headers[hdrs.CONNECTION] = "close"  # aiohttp has decided on its own header before this is called
 
 
 def answer(failure: StatusError) -> web.Response:

@@ -150,7 +150,7 @@ class Agents:
             raise AgentError(f"the agent of node {node} did not answer in time") from error
         except aiohttp.ClientSSLError as error:
             _log.warning("TLS with the agent of node %s failed: %s", node, error)
-            raise AgentError(f"the agent of node {node} did not prove that it is that node's: {error}") from error
+            raise AgentError(f"the agent of node {node} did not prove that it is that node's") from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise AgentError(f"the agent of node {node} can't be reached: {error}") from error
         async with response:
