@@ -59,5 +59,15 @@ class Kubectl:
             raise Failure(f"kubectl {' '.join(arguments)}: {done.stderr.decode(errors='replace').strip()}")
         return done.stdout
 
+    def start(self, *arguments: str) -> "subprocess.Popen[bytes]":
+        """Start kubectl and go on, for what runs until it is told to stop; its output and errors are pipes."""
+        return subprocess.Popen(
+            [self._program, *arguments],
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
     def json(self, *arguments: str, user: str | None = None) -> Any:
         return json.loads(self(*arguments, "--output=json", user=user).stdout)
