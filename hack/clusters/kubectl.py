@@ -9,6 +9,8 @@ from typing import Any
 from hack.clusters.binaries import find
 from hack.clusters.failure import Failure
 
+Process = subprocess.Popen[bytes]
+
 
 class Kubectl:
     """The cluster's own kubectl with a kubeconfig. `user` and `groups` impersonate, as `--as` and `--as-group` do."""
@@ -59,7 +61,7 @@ class Kubectl:
             raise Failure(f"kubectl {' '.join(arguments)}: {done.stderr.decode(errors='replace').strip()}")
         return done.stdout
 
-    def start(self, *arguments: str) -> "subprocess.Popen[bytes]":
+    def start(self, *arguments: str) -> Process:
         """Start kubectl and go on, for what runs until it is told to stop; its output and errors are pipes."""
         return subprocess.Popen(
             [self._program, *arguments],
