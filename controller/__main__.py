@@ -7,6 +7,7 @@ from datetime import timedelta
 from controller.bundles import Bundles
 from controller.captures import Captures
 from controller.leadership import lead
+from controller.policies import create_missing
 from controller.signer import Signer
 from kube.client import Client
 from kube.serve import environment, health, listening, number, run
@@ -60,6 +61,7 @@ async def work(client: Client, settings: Settings) -> None:
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(captures.run(), name="captures")
         tasks.create_task(bundles.run(), name="bundles")
+        tasks.create_task(create_missing(client, namespace=settings.namespace), name="policies")
         await bundles.published.wait()
         tasks.create_task(signer.run(), name="signer")
 
