@@ -6,11 +6,11 @@ import subprocess
 import sys
 
 from hack.clusters import lifecycle
-from hack.clusters.binaries import find
-from hack.clusters.cluster import DEFAULT_NAME, Cluster, valid_name
+from hack.clusters.cluster import DEFAULT_NAME, valid_name
 from hack.clusters.failure import Failure
 from hack.clusters.install import install
 from hack.clusters.keeper import entering
+from hack.clusters.kubectl import environment
 
 
 def main() -> None:
@@ -69,12 +69,6 @@ def run(arguments: argparse.Namespace) -> None:
         case "on":
             cluster = lifecycle.running_cluster(arguments.name)
             execute(entering(cluster, arguments.machine) + arguments.argv, environment(cluster), given=arguments.argv)
-
-
-def environment(cluster: Cluster) -> dict[str, str]:
-    """The environment in which kubectl is the cluster's own and speaks to it."""
-    path = f"{find('kubectl').parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    return os.environ | {"KUBECONFIG": str(cluster.kubeconfig), "PATH": path, "KUBEPCAP_CLUSTER": cluster.name}
 
 
 def execute(command: list[str], variables: dict[str, str], *, given: list[str] | None = None) -> None:

@@ -18,6 +18,7 @@ from hack.oci.store import Descriptor
 MANIFESTS = HACK.parent / "manifests"
 NAMESPACE = "kubepcap"
 PATIENCE = 180
+CRASHES = 3
 
 # Refused or allowed, either answer comes from the webhook.
 PROBE = {
@@ -68,12 +69,13 @@ def wait_until_ready(kubectl: Kubectl) -> None:
     kubectl("wait", "crd", *crds, "--for=condition=Established", "--timeout=60s")
     namespace = f"--namespace={NAMESPACE}"
     for workload in kubectl("get", "deployments,daemonsets", namespace, "--output=name").stdout.split():
-        left = max(1, round(deadline - time.monotonic()))
-        status = ["rollout", "status", workload, namespace, f"--timeout={left}s"]
-        done = kubectl(*status, check=False, timeout=left + 30)
-        if done.returncode != 0:
-            pods = kubectl("get", "pods", namespace, "--output=wide").stdout
-            raise Failure(f"{workload} did not become ready: {done.stderr.strip()}\n{pods}{_events(kubectl)}")
+        status = ["rollout", "status", workload, namespace, "--timeout=5s"]
+        while (done := kubectl(*status, check=False)).returncode != 0:
+            crashes = _crashes(kubectl)
+            if crashes or time.monotonic() > deadline:
+                pods = kubectl("get", "pods", namespace, "--output=wide").stdout
+                said = done.stderr.strip()
+                raise Failure(f"{workload} did not become ready: {said}\n{pods}{crashes or _events(kubectl)}")
     api = ["wait", "apiservice/v1.subresources.kubepcap.io", "--for=condition=Available", "--timeout=60s"]
     kubectl(*api)
     _poll("the webhook does not answer", deadline, lambda: _webhook_objection(kubectl))
@@ -90,6 +92,19 @@ def _poll(what: str, deadline: float, objection: Callable[[], str | None]) -> No
         if time.monotonic() > deadline:
             raise Failure(f"{what}: {said}")
         time.sleep(0.2)
+
+
+def _crashes(kubectl: Kubectl) -> str:
+    """What the containers said that ended again and again; empty when there is none."""
+    said = []
+    for pod in kubectl.json("get", "pods", f"--namespace={NAMESPACE}")["items"]:
+        for container in pod["status"].get("containerStatuses", ()):
+            if container["restartCount"] >= CRASHES and not container["ready"]:
+                name, which = pod["metadata"]["name"], container["name"]
+                logs = ["logs", name, f"--namespace={NAMESPACE}", f"--container={which}", "--previous", "--tail=10"]
+                said.append(f"{name} {which} ended {container['restartCount']} times; at last it said:")
+                said.append(kubectl(*logs, check=False).stdout)
+    return "\n".join(said)
 
 
 def _events(kubectl: Kubectl) -> str:

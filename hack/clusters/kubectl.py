@@ -7,9 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from hack.clusters.binaries import find
+from hack.clusters.cluster import Cluster
 from hack.clusters.failure import Failure
 
 Process = subprocess.Popen[bytes]
+
+
+def environment(cluster: Cluster) -> dict[str, str]:
+    """The environment in which kubectl is the cluster's own and speaks to it."""
+    path = f"{find('kubectl').parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    return os.environ | {"KUBECONFIG": str(cluster.kubeconfig), "PATH": path, "KUBEPCAP_CLUSTER": cluster.name}
 
 
 class Kubectl:
