@@ -1,0 +1,191 @@
+"""CAs: which sign and which are trusted when, and that verifiers accept what they sign."""
+
+import ssl
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID
+from cryptography.x509.verification import PolicyBuilder, Store
+
+from controller.authority import CLOCK_SKEW, LEAF_LIFETIME, LIFETIME, PROPAGATION, CertificateAuthority, plan
+from kube.certificates import KeyPair, client_context, signing_request
+
+START = datetime(2030, 1, 1, tzinfo=UTC)
+NAME = "kubepcap-webhook.kubepcap.svc"
+
+
+def signed(ca: CertificateAuthority, now: datetime, **more: timedelta) -> x509.Certificate:
+    key = ec.generate_private_key(ec.SECP256R1())
+    request = x509.load_pem_x509_csr(signing_request(key, "ignored", ["ignored"]))
+    pem = ca.sign(
+        request,
+        common_name="kubepcap-webhook",
+        dns_names=[NAME],
+        usage=ExtendedKeyUsageOID.SERVER_AUTH,
+        now=now,
+        **more,
+    )
+    return x509.load_pem_x509_certificate(pem)
+
+
+def test_without_a_ca_one_is_to_be_made() -> None:
+    planned = plan([], START)
+    assert planned.create
+    assert planned.signing is None
+
+
+def test_the_first_ca_signs_at_once() -> None:
+    ca = CertificateAuthority.create(START)
+    planned = plan([ca], START)
+    assert planned.signing is ca
+    assert not planned.create
+
+
+@pytest.mark.parametrize(
+    ("after", "trusted", "signing", "create"),
+    [
+        (timedelta(), "o", "o", False),
+        (LIFETIME / 2 - timedelta(seconds=1), "o", "o", False),
+        (LIFETIME / 2, "o", "o", True),
+    ],
+)
+def test_half_its_life_a_ca_is_alone(after: timedelta, trusted: str, signing: str, *, create: bool) -> None:
+    old = CertificateAuthority.create(START)
+    names = {old.name: "o"}
+    planned = plan([old], START + after)
+    assert "".join(names[ca.name] for ca in planned.trusted) == trusted
+    assert planned.signing is not None
+    assert names[planned.signing.name] == signing
+    assert planned.create is create
+
+
+@pytest.mark.parametrize(
+    ("after", "trusted", "signing", "next_change"),
+    [
+        (timedelta(), "no", "o", PROPAGATION),
+        (PROPAGATION - timedelta(seconds=1), "no", "o", PROPAGATION),
+        (PROPAGATION, "no", "n", LIFETIME / 2),
+        (LIFETIME / 2 - timedelta(seconds=1), "no", "n", LIFETIME / 2),
+        (LIFETIME / 2, "n", "n", LIFETIME),
+    ],
+    ids=["made", "not yet known to all", "known to all", "before the old expires", "the old has expired"],
+)
+def test_two_cas_overlap(after: timedelta, trusted: str, signing: str, next_change: timedelta) -> None:
+    renewal = START + LIFETIME / 2
+    old, new = CertificateAuthority.create(START), CertificateAuthority.create(renewal)
+    names = {old.name: "o", new.name: "n"}
+    planned = plan([old, new], renewal + after)
+    assert "".join(names[ca.name] for ca in planned.trusted) == trusted
+    assert planned.signing is not None
+    assert names[planned.signing.name] == signing
+    assert planned.changes_at == renewal + next_change
+
+
+def test_no_certificate_outlives_the_trust_in_its_ca() -> None:
+    """Over years, in steps of six hours: whoever signs is trusted until the last certificate it signed has expired."""
+    now = START
+    authorities: dict[str, CertificateAuthority] = {}
+    trusted_until: dict[str, datetime] = {}
+    needed_until: dict[str, datetime] = {}
+    known_since: dict[str, datetime] = {}
+    while now < START + timedelta(days=900):
+        planned = plan(authorities.values(), now)
+        if planned.create:
+            made = CertificateAuthority.create(now)
+            authorities[made.name] = made
+            planned = plan(authorities.values(), now)
+        for ca in planned.trusted:
+            trusted_until[ca.name] = now
+            known_since.setdefault(ca.name, now)
+        assert planned.signing is not None
+        name = planned.signing.name
+        needed_until[name] = min(now + LEAF_LIFETIME, planned.signing.expires)
+        assert len(authorities) == 1 or now - known_since[name] >= PROPAGATION
+        now += timedelta(hours=6)
+    assert len(authorities) > 3
+    ended = [name for name, ca in authorities.items() if ca.expires < now]
+    assert ended
+    for name in ended:
+        assert needed_until[name] <= trusted_until[name]
+
+
+def test_a_ca_survives_being_written_and_read() -> None:
+    ca = CertificateAuthority.create(START)
+    again = CertificateAuthority.from_pem(certificate=ca.certificate_pem, key=ca.key_pem)
+    assert (again.name, again.made, again.expires) == (ca.name, START, START + LIFETIME)
+
+
+def test_a_ca_with_another_key_is_refused() -> None:
+    one, other = CertificateAuthority.create(START), CertificateAuthority.create(START)
+    with pytest.raises(ValueError, match="not that of the key"):
+        CertificateAuthority.from_pem(certificate=one.certificate_pem, key=other.key_pem)
+
+
+def test_strict_verifiers_accept_what_is_signed() -> None:
+    ca = CertificateAuthority.create(START)
+    leaf = signed(ca, START)
+    verifier = PolicyBuilder().store(Store([ca.certificate])).time(START).build_server_verifier(x509.DNSName(NAME))
+    assert verifier.verify(leaf, [])[0] == leaf
+
+
+def test_openssl_shakes_hands_by_the_strict_rules() -> None:
+    """As Python does by default from 3.13 on."""
+    now = datetime.now(UTC)
+    ca = CertificateAuthority.create(now)
+    key = ec.generate_private_key(ec.SECP256R1())
+    request = x509.load_pem_x509_csr(signing_request(key, "x", []))
+    certificate = ca.sign(request, common_name="x", dns_names=[NAME], usage=ExtendedKeyUsageOID.SERVER_AUTH, now=now)
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    KeyPair.of(certificate=certificate, key=private).load_into(server_context)
+    context = client_context(ca=ca.certificate_pem)
+    context.verify_flags |= ssl.VERIFY_X509_STRICT
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = context.wrap_bio(to_client, to_server, server_hostname=NAME)
+    server = server_context.wrap_bio(to_server, to_client, server_side=True)
+    unfinished = [client, server]
+    for _ in range(10):
+        for side in list(unfinished):
+            with suppress(ssl.SSLWantReadError):
+                side.do_handshake()
+                unfinished.remove(side)
+    assert not unfinished
+    assert client.getpeercert()
+
+
+def test_only_what_was_checked_gets_into_the_certificate() -> None:
+    leaf = signed(CertificateAuthority.create(START), START)
+    assert leaf.subject.rfc4514_string() == "CN=kubepcap-webhook"
+    names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == [NAME]
+    assert not leaf.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    usages = leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    assert list(usages) == [ExtendedKeyUsageOID.SERVER_AUTH]
+
+
+def test_a_certificate_lasts_a_week_and_is_valid_for_who_is_five_minutes_behind() -> None:
+    now = START + timedelta(days=1)
+    leaf = signed(CertificateAuthority.create(START), now)
+    assert leaf.not_valid_before_utc == now - CLOCK_SKEW
+    assert leaf.not_valid_after_utc == now + timedelta(days=7)
+
+
+def test_a_certificate_ends_with_its_ca_and_when_it_was_asked_to() -> None:
+    ca = CertificateAuthority.create(START)
+    assert signed(ca, ca.expires - timedelta(days=1)).not_valid_after_utc == ca.expires
+    assert signed(ca, START, lifetime=timedelta(hours=1)).not_valid_after_utc == START + timedelta(hours=1)
+
+
+def test_an_rsa_key_is_not_signed() -> None:
+    key = rsa.generate_private_key(65537, 2048)
+    request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
+    with pytest.raises(TypeError):
+        CertificateAuthority.create(START).sign(
+            request, common_name="x", dns_names=[], usage=ExtendedKeyUsageOID.SERVER_AUTH, now=START
+        )
