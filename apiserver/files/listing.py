@@ -22,6 +22,8 @@ from kube.watch import Cache
 
 _AT_A_TIME = 32
 _PATIENCE = 10.0
+# kube-apiserver cuts a request after 60 s.
+_DUE_AFTER = 30.0
 _LARGEST_ANSWER = 8 * 1024 * 1024
 _LARGEST_REFUSAL = 4096
 
@@ -51,17 +53,22 @@ class Listing:
     async def files(self, capture: CaptureReference) -> PacketCaptureFileList:
         """The files, sorted by node and name."""
         moment = datetime.now(UTC)
+        due = asyncio.get_running_loop().time() + _DUE_AFTER
         at_a_time = asyncio.Semaphore(_AT_A_TIME)
 
         async def ask(node: str) -> list[PacketCaptureFile] | Unanswered:
-            async with at_a_time:
-                try:
+            try:
+                async with asyncio.timeout_at(due), at_a_time:
                     return await self.files_on(node, capture)
-                except AgentError as error:
-                    return Unanswered(node=node, message=str(error))
+            except AgentError as error:
+                return Unanswered(node=node, message=str(error))
+            except TimeoutError:
+                return Unanswered(node=node, message="too many other nodes did not answer; ask again")
 
         nodes = nodes_with(capture.uid, self._nodes.objects.values())
-        answers = await asyncio.gather(*(ask(node) for node in nodes))
+        async with asyncio.TaskGroup() as tasks:
+            asked = [tasks.create_task(ask(node), name=f"files on {node}") for node in nodes]
+        answers = [task.result() for task in asked]
         unreadable = [
             Unanswered(node=key.name, message=f"its CaptureNode can't be read: {reason}")
             for key, reason in sorted(self._nodes.unparsable.items())

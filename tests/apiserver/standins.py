@@ -159,6 +159,7 @@ class Agent:
 async def _write(response: web.StreamResponse, content: bytes) -> None:
     for start in range(0, len(content), 65536):
         await response.write(content[start : start + 65536])
+        await asyncio.sleep(0)  # a write alone need not let the loop see that the connection is gone
 
 
 def _read_request(request: Json) -> Json:

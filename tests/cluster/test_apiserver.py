@@ -24,7 +24,7 @@ import yaml
 from hack.clusters.bare import BareControlPlane, bare_control_plane
 from hack.clusters.pki import Authority, Pair
 from kube.certificates import KeyPair, ServerTLS
-from kube.client import APISERVICES, CAPTURENODES, PACKETCAPTURES, PODS, Client, Json, Resource
+from kube.client import APISERVICES, CAPTURENODES, CONFIGMAPS, PACKETCAPTURES, PODS, Client, Json, Resource
 from kube.serve import listening
 from kube.status import StatusError
 from tests.apiserver.standins import Agent, Signer
@@ -614,6 +614,44 @@ async def test_a_certificate_of_another_ca_gets_no_connection(world: World) -> N
 
     with pytest.raises((ssl.SSLError, ConnectionError)):
         await world.apiserver.ask(FILES, headers=[("X-Remote-User", "alice")], certificate=imposter)
+
+
+async def test_trust_in_front_proxies_follows_the_configmap(world: World) -> None:
+    """kube-apiserver keeps the CAs that it finds in the ConfigMap beside its own."""
+    second = Authority.create("second-front-proxy")
+    key = "requestheader-client-ca-file"
+    name, namespace = "extension-apiserver-authentication", "kube-system"
+    published = (await world.client.get(CONFIGMAPS, name, namespace=namespace))["data"][key]
+
+    async def publish(authorities: str) -> None:
+        await world.client.patch(CONFIGMAPS, name, {"data": {key: authorities}}, namespace=namespace)
+
+    tls = world.apiserver.tls(second.issue("front-proxy-client"))
+    async with aiohttp.ClientSession(headers={"X-Remote-User": "alice"}) as session:
+
+        async def ask() -> int:
+            url = f"https://{world.apiserver.address}:{world.apiserver.port}{FILES}"
+            try:
+                async with session.get(url, ssl=tls, server_hostname=world.apiserver.name) as response:
+                    await response.read()
+                    return response.status
+            except aiohttp.ClientError:
+                return 0
+
+        async def is_trusted() -> bool:
+            return await ask() == 200
+
+        async def is_refused_on_the_same_connection() -> bool:
+            return await ask() == 401
+
+        assert await ask() == 0
+        await publish(published + second.certificate.decode())
+        await eventually(is_trusted)
+        await publish(published)
+        await eventually(is_refused_on_the_same_connection)
+
+    answer = await world.get_as_front_proxy(FILES, headers=[("X-Remote-User", "alice")])
+    assert answer.code == 200
 
 
 async def test_a_bearer_token_names_its_user(world: World) -> None:
