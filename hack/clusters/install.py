@@ -123,16 +123,16 @@ def _load(cluster: Cluster, node: str, images: Mapping[str, Descriptor]) -> None
     missing = {name: image for name, image in images.items() if present.get(name) != image["digest"]}
     if not missing:
         return
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [*ctr, "import", "-"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    assert process.stdin is not None
-    assert process.stderr is not None
-    try:
-        with process.stdin as archive:
-            store().export(missing, archive)
-    except BrokenPipeError:
-        pass  # what the importer says tells why
-    said = process.stderr.read().decode(errors="replace")
-    if process.wait() != 0:
+    ) as process:
+        assert process.stdin is not None
+        assert process.stderr is not None
+        try:
+            with process.stdin as archive:
+                store().export(missing, archive)
+        except BrokenPipeError:
+            pass  # what the importer says tells why
+        said = process.stderr.read().decode(errors="replace")
+    if process.returncode != 0:
         raise Failure(f"{node} could not import {', '.join(missing)}: {said.strip()}")
