@@ -151,8 +151,10 @@ class Agents:
         except aiohttp.ClientSSLError as error:
             _log.warning("TLS with the agent of node %s failed: %s", node, error)
             raise AgentError(f"the agent of node {node} did not prove that it is that node's") from error
+        except aiohttp.ClientConnectorError as error:
+            raise AgentError(f"the agent of node {node} can't be reached: {error.os_error.strerror}") from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise AgentError(f"the agent of node {node} can't be reached: {error}") from error
+            raise AgentError(f"the agent of node {node} can't be asked: {error}") from error
         async with response:
             yield response
 

@@ -12,6 +12,7 @@ from aiohttp import hdrs, web
 from api.capturenode import CaptureNode
 from api.files import CaptureReference
 from apiserver.aggregation.group import Call
+from apiserver.aggregation.server import answer
 from apiserver.files.agents import AgentError, Agents
 from apiserver.files.capture import files_url, read
 from apiserver.files.listing import Listing, nodes_with
@@ -61,7 +62,7 @@ class Download:
                 if file.status == 404:
                     raise await self._missing(node, name, capture)
                 if file.status not in (200, 206, 304):
-                    raise refusal(node, file.status, await file.content.read(_LARGEST_REFUSAL))
+                    return _refuse(file, refusal(node, file.status, await file.content.read(_LARGEST_REFUSAL)))
                 return await _pass_on(call.request, file, name)
         except AgentError as error:
             raise service_unavailable(str(error)) from error
@@ -114,16 +115,25 @@ def named(names: Sequence[str]) -> str:
     return shown if len(names) <= _MOST_NAMED else f"{shown} and {len(names) - _MOST_NAMED} more"
 
 
+def _refuse(file: aiohttp.ClientResponse, error: StatusError) -> web.StreamResponse:
+    refused = answer(error)
+    if error.code == 416 and hdrs.CONTENT_RANGE in file.headers:
+        refused.headers[hdrs.CONTENT_RANGE] = file.headers[
+            hdrs.CONTENT_RANGE
+        ]  # how long the file is (RFC 9110, 15.5.17)
+    return refused
+
+
 async def _pass_on(request: web.Request, file: aiohttp.ClientResponse, name: str) -> web.StreamResponse:
-    answer = web.StreamResponse(status=file.status)
+    passed = web.StreamResponse(status=file.status)
     for header in _ANSWERED:
         if header in file.headers:
-            answer.headers[header] = file.headers[header]
+            passed.headers[header] = file.headers[header]
     if file.status != 304:
-        answer.headers[hdrs.CONTENT_TYPE] = PCAP
-        answer.headers[hdrs.CONTENT_DISPOSITION] = f'attachment; filename="{name}"'
-    await answer.prepare(request)
+        passed.headers[hdrs.CONTENT_TYPE] = PCAP
+        passed.headers[hdrs.CONTENT_DISPOSITION] = f'attachment; filename="{name}"'
+    await passed.prepare(request)
     async for chunk in file.content.iter_any():
-        await answer.write(chunk)
-    await answer.write_eof()
-    return answer
+        await passed.write(chunk)
+    await passed.write_eof()
+    return passed

@@ -69,9 +69,8 @@ class Listing:
         async with asyncio.TaskGroup() as tasks:
             asked = [tasks.create_task(ask(node), name=f"files on {node}") for node in nodes]
         answers = [task.result() for task in asked]
-        unreadable = [
-            Unanswered(node=key.name, message=f"its CaptureNode can't be read: {reason}")
-            for key, reason in sorted(self._nodes.unparsable.items())
+        unreadable = [  # the reason may quote another namespace's captures; the log has it
+            Unanswered(node=key.name, message="its CaptureNode can't be read") for key in sorted(self._nodes.unparsable)
         ]
         return PacketCaptureFileList(
             capture=capture,

@@ -124,6 +124,8 @@ class Agent:
             return response
         start, stop = request.http_range.start, request.http_range.stop
         if start is not None:
+            if start >= len(content):
+                return web.Response(status=416, headers={"Content-Range": f"bytes */{len(content)}"})
             response.set_status(206)
             response.headers["Content-Range"] = f"bytes {start}-{(stop or len(content)) - 1}/{len(content)}"
         else:

@@ -474,6 +474,13 @@ async def test_a_request_that_cannot_be_met_says_why(
     assert message in answer.message
 
 
+async def test_a_part_beyond_the_end_is_refused_with_the_size(world: World) -> None:
+    answer = await world.get(f"{FILES}/node-1/{LARGE}", headers=[("Range", "bytes=3000000-")])
+
+    assert (answer.code, answer.headers["Content-Range"]) == (416, "bytes */3000000")
+    assert answer.json["kind"] == "Status"
+
+
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE"])
 async def test_files_can_only_be_read(world: World, method: str) -> None:
     answer = await world.get(FILES, method=method, user="root")
