@@ -1,0 +1,529 @@
+"""The controller and the webhook as programs, with the rights that the manifests give them, on a real kube-apiserver.
+
+The manifests are applied as they are; only the webhook's Service leads to loopback. Pods are objects without a kubelet,
+but their tokens are real: the signer sees of them what it sees in a cluster.
+"""
+
+import asyncio
+import base64
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from api.object import format_timestamp
+from api.packetcapture import PacketCapture
+from hack.clusters.bare import BareControlPlane, bare_control_plane
+from kube.certificates import signing_request
+from kube.client import (
+    APISERVICES,
+    CAPTURENODES,
+    CAPTUREPOLICIES,
+    CERTIFICATESIGNINGREQUESTS,
+    CONFIGMAPS,
+    LEASES,
+    MUTATINGWEBHOOKCONFIGURATIONS,
+    NAMESPACES,
+    NODES,
+    PACKETCAPTURES,
+    PODS,
+    SECRETS,
+    VALIDATINGWEBHOOKCONFIGURATIONS,
+    Client,
+    Json,
+    Resource,
+)
+from kube.status import StatusError
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+ROOT = Path(__file__).parents[2]
+SERVICEACCOUNTS = Resource("", "v1", "serviceaccounts", "ServiceAccount", namespaced=True)
+WEBHOOKS = (MUTATINGWEBHOOKCONFIGURATIONS, VALIDATINGWEBHOOKCONFIGURATIONS)
+PATIENCE = 60.0
+"""Seconds; longer than a lease and its takeover."""
+
+
+async def eventually(question: Callable[[], Awaitable[Any]]) -> Any:
+    """The first true answer; without one in time, the test fails and shows the last."""
+    answer: Any = None
+    with suppress(TimeoutError):
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                if answer := await question():
+                    return answer
+                await asyncio.sleep(0.1)
+    raise AssertionError(f"no true answer in time, the last was {answer!r}")
+
+
+@dataclass
+class Program:
+    """One of our programs as a child process."""
+
+    name: str
+    process: asyncio.subprocess.Process
+    log: Path
+
+    async def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        if self.process.returncode is None:
+            self.process.send_signal(number)
+        return await self.process.wait()
+
+
+@dataclass
+class World:
+    plane: BareControlPlane
+    client: Client
+    directory: Path
+    webhook_port: int = 0
+    controllers: dict[str, Program] = field(default_factory=dict)
+
+    async def start(self, module: str, pod: str, kubeconfig: Path, **environment: str) -> Program:
+        log = self.directory / f"{pod}.log"
+        with log.open("wb") as output:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                module,
+                cwd=ROOT,
+                env={
+                    "PATH": os.environ["PATH"],
+                    "PYTHONPATH": str(ROOT),
+                    "KUBECONFIG": str(kubeconfig),
+                    "POD_NAME": pod,
+                    "POD_NAMESPACE": "kubepcap",
+                    "HEALTH_PORT": str(free_port()),
+                    **environment,
+                },
+                stdout=output,
+                stderr=output,
+            )
+        return Program(pod, process, log)
+
+    async def token(self, account: str, pod: str) -> str:
+        """A token of the ServiceAccount bound to the pod, as its kubelet would fetch it."""
+        found = await self.client.get(PODS, pod, namespace="kubepcap")
+        bound = {"kind": "Pod", "apiVersion": "v1", "name": pod, "uid": found["metadata"]["uid"]}
+        review = await self.client.create(
+            SERVICEACCOUNTS,
+            {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"boundObjectRef": bound}},
+            namespace="kubepcap",
+            name=account,
+            subresource="token",
+        )
+        return str(review["status"]["token"])
+
+    def kubeconfig(self, name: str, token: str) -> Path:
+        config = json.loads(self.plane.kubeconfig.read_text())
+        config["users"] = [{"name": config["users"][0]["name"], "user": {"token": token}}]
+        path = self.directory / f"{name}.kubeconfig"
+        path.touch(mode=0o600)
+        path.write_text(json.dumps(config))
+        return path
+
+    async def add_pod(self, account: str, kind: str, owner: str, *, node: str = "node-a") -> str:
+        pod = f"{account}-0"
+        await self.client.create(
+            PODS,
+            {
+                "apiVersion": "v1",
+                "kind": "Pod",
+                "metadata": {
+                    "name": pod,
+                    "labels": {
+                        "app.kubernetes.io/name": "kubepcap",
+                        "app.kubernetes.io/component": account.removeprefix("kubepcap-"),
+                    },
+                    "ownerReferences": [
+                        {"apiVersion": "apps/v1", "kind": kind, "name": owner, "uid": "none", "controller": True}
+                    ],
+                },
+                "spec": {
+                    "serviceAccountName": account,
+                    "nodeName": node,
+                    "containers": [{"name": "x", "image": "kubepcap.invalid/x"}],
+                },
+            },
+            namespace="kubepcap",
+        )
+        return pod
+
+    async def capture(self, name: str, *, namespace: str = "dev", **spec: Any) -> PacketCapture:
+        return PacketCapture.model_validate(await self.create(name, namespace=namespace, **spec))
+
+    async def create(self, name: str, *, namespace: str = "dev", **spec: Any) -> Json:
+        return await self.client.create(
+            PACKETCAPTURES,
+            {
+                "apiVersion": "kubepcap.io/v1",
+                "kind": "PacketCapture",
+                "metadata": {"name": name},
+                "spec": {"selector": 'app == "web"'} | spec,
+            },
+            namespace=namespace,
+        )
+
+    async def captures(self, *, namespace: str) -> list[PacketCapture]:
+        listed = await self.client.list(PACKETCAPTURES, namespace=namespace)
+        return [PacketCapture.model_validate(item) for item in listed.items]
+
+    async def reason(self, name: str, kind: str = "Admitted", *, namespace: str = "dev") -> str:
+        """That of the condition; empty while there is none."""
+        capture = PacketCapture.model_validate(await self.client.get(PACKETCAPTURES, name, namespace=namespace))
+        condition = capture.status.condition(kind)
+        return condition.reason if condition is not None else ""
+
+    async def becomes(self, name: str, reason: str, kind: str = "Admitted", *, namespace: str = "dev") -> PacketCapture:
+        async def there() -> bool:
+            return await self.reason(name, kind, namespace=namespace) == reason
+
+        await eventually(there)
+        return PacketCapture.model_validate(await self.client.get(PACKETCAPTURES, name, namespace=namespace))
+
+    async def leader(self) -> str:
+        try:
+            lease = await self.client.get(LEASES, "kubepcap-controller", namespace="kubepcap")
+        except StatusError:
+            return ""
+        return str(lease["spec"].get("holderIdentity") or "")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+    directory = tmp_path_factory.mktemp("controller")
+    async with AsyncExitStack() as stack:
+        # Its own: a webhook on every PacketCapture would stand in the way of other tests.
+        plane = stack.enter_context(bare_control_plane(tmp_path_factory.mktemp("control-plane")))
+        client = await stack.enter_async_context(Client.connect(user_agent="test", kubeconfig=plane.kubeconfig))
+        world = World(plane, client, directory, webhook_port=free_port())
+        await asyncio.to_thread(install, world)
+        await client.create(NODES, {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-a"}})
+        for namespace in ("dev", "crowded"):
+            await client.create(NAMESPACES, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})
+        account = plane.kubeconfig_for(
+            "system:serviceaccount:kubepcap:kubepcap-controller",
+            "system:serviceaccounts",
+            "system:serviceaccounts:kubepcap",
+        )
+        for number in range(2):
+            pod = f"controller-{number}"
+            world.controllers[pod] = await world.start("controller", pod, account, COUNTERS_INTERVAL_SECONDS="1")
+            stack.push_async_callback(world.controllers[pod].stop)
+        pod = await world.add_pod("kubepcap-webhook", "ReplicaSet", "kubepcap-webhook-5d9c7b8f6")
+        kubeconfig = world.kubeconfig(pod, await world.token("kubepcap-webhook", pod))
+        webhook = await world.start("webhook", pod, kubeconfig, PORT=str(world.webhook_port), DRAIN_SECONDS="0")
+        stack.push_async_callback(webhook.stop)
+        yield world
+
+
+def install(world: World) -> None:
+    """Apply the manifests, with the webhook's Service and its port changed."""
+    kubectl = [str(world.plane.kubectl), f"--kubeconfig={world.plane.kubeconfig}"]
+    built = subprocess.run([*kubectl, "kustomize", str(ROOT / "manifests")], check=True, capture_output=True)
+    documents = [document for document in yaml.safe_load_all(built.stdout) if document]
+    for document in documents:
+        if document["kind"] == "Service" and document["metadata"]["name"] == "kubepcap-webhook":
+            ports = [{"port": world.webhook_port}]
+            document["spec"] = {"type": "ExternalName", "externalName": "localhost", "ports": ports}
+        for webhook in document.get("webhooks") or []:
+            webhook["clientConfig"]["service"]["port"] = world.webhook_port
+    # Namespaces first, for the rest to lie in.
+    documents.sort(key=lambda document: document["kind"] != "Namespace")
+    given = yaml.safe_dump_all(documents).encode()
+    applied = subprocess.run([*kubectl, "apply", "--filename=-"], input=given, capture_output=True, check=False)
+    assert applied.returncode == 0, applied.stderr.decode()
+
+
+async def bundle(world: World) -> str:
+    try:
+        found = await world.client.get(CONFIGMAPS, "kubepcap-ca", namespace="kubepcap")
+    except StatusError:
+        return ""
+    return str(found["data"]["ca.crt"])
+
+
+async def ready(world: World) -> None:
+    """Until the webhook has its certificate and kube-apiserver knows how to reach it."""
+
+    async def answered() -> bool:
+        try:
+            await world.capture("probe")
+        except StatusError:
+            return False
+        return True
+
+    await eventually(answered)
+    await world.client.delete(PACKETCAPTURES, "probe", namespace="dev")
+
+
+async def test_a_capture_is_admitted_through_certificates_that_nobody_made_by_hand(world: World) -> None:
+    await ready(world)
+    capture = await world.capture("first")
+    assert capture.metadata.annotations["kubepcap.io/admission"]
+    admitted = await world.becomes("first", "WithinLimit")
+    assert admitted.status.phase == "Scheduled"
+    assert await world.reason("first", "Capturing") == "NoAgent"
+
+
+async def test_the_shipped_policy_is_created(world: World) -> None:
+    await ready(world)
+    assert await world.client.get(CAPTUREPOLICIES, "baseline")
+
+
+async def test_the_bundle_and_the_path_are_put_where_kube_apiserver_looks_and_put_back(world: World) -> None:
+    await ready(world)
+
+    async def trusts(resource: Resource, name: str) -> bool:
+        found = await world.client.get(resource, name)
+        given = [found["spec"]] if resource is APISERVICES else [one["clientConfig"] for one in found["webhooks"]]
+        published = await bundle(world)
+        return all(base64.b64decode(one.get("caBundle") or "").decode() == published for one in given)
+
+    async def all_trust() -> bool:
+        trusting = [(APISERVICES, "v1.subresources.kubepcap.io"), *((resource, "kubepcap") for resource in WEBHOOKS)]
+        return bool(await bundle(world)) and all([await trusts(*one) for one in trusting])
+
+    await eventually(all_trust)
+    secret = await world.client.get(SECRETS, "kubepcap-webhook-path", namespace="kubepcap")
+    path = base64.b64decode(secret["data"]["path"]).decode()
+    for resource, half in zip(WEBHOOKS, ("stamp", "judge"), strict=True):
+        (webhook,) = (await world.client.get(resource, "kubepcap"))["webhooks"]
+        assert webhook["clientConfig"]["service"]["path"] == f"/{half}/{path}"
+
+    before = await bundle(world)
+    await world.client.delete(CONFIGMAPS, "kubepcap-ca", namespace="kubepcap")
+    await world.client.delete(SECRETS, "kubepcap-ca", namespace="kubepcap")
+    spec = {"caBundle": None}
+    await world.client.patch(APISERVICES, "v1.subresources.kubepcap.io", {"spec": spec})
+    await eventually(all_trust)
+    assert await bundle(world) == before
+    assert await world.client.get(SECRETS, "kubepcap-ca", namespace="kubepcap")
+
+
+async def test_requests_are_signed_owned_by_our_namespace_and_carry_what_was_checked(world: World) -> None:
+    await ready(world)
+    listed = await world.client.list(CERTIFICATESIGNINGREQUESTS, field_selector="spec.signerName=kubepcap.io/serving")
+    (issued,) = [item for item in listed.items if item["metadata"]["name"].startswith("kubepcap-webhook-")]
+    namespace = await world.client.get(NAMESPACES, "kubepcap")
+    assert [owner["uid"] for owner in issued["metadata"]["ownerReferences"]] == [namespace["metadata"]["uid"]]
+
+    certificate = x509.load_pem_x509_certificate(base64.b64decode(issued["status"]["certificate"]))
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["kubepcap-webhook.kubepcap.svc"]
+
+
+async def demanded(client: Client, name: str, common_name: str, dns_name: str) -> Json:
+
+    request = signing_request(ec.generate_private_key(ec.SECP256R1()), common_name, [dns_name])
+    return await client.create(
+        CERTIFICATESIGNINGREQUESTS,
+        {
+            "apiVersion": CERTIFICATESIGNINGREQUESTS.api_version,
+            "kind": CERTIFICATESIGNINGREQUESTS.kind,
+            "metadata": {"name": name},
+            "spec": {
+                "signerName": "kubepcap.io/serving",
+                "usages": ["digital signature", "server auth"],
+                "request": base64.b64encode(request).decode(),
+            },
+        },
+    )
+
+
+async def test_a_node_gets_its_own_name_and_no_other(world: World) -> None:
+    await ready(world)
+    pod = await world.add_pod("kubepcap-agent", "DaemonSet", "kubepcap-agent")
+    kubeconfig = world.kubeconfig(pod, await world.token("kubepcap-agent", pod))
+
+    async def answer(name: str) -> tuple[str, str]:
+        status = (await world.client.get(CERTIFICATESIGNINGREQUESTS, name)).get("status") or {}
+        for condition in status.get("conditions") or []:
+            if condition["type"] == "Denied" or status.get("certificate"):
+                return condition["type"], condition["reason"]
+        return "", ""
+
+    async with Client.connect(user_agent="test", kubeconfig=kubeconfig) as agent:
+        await demanded(agent, "own", "kubepcap-agent", "node-a.agent.kubepcap")
+        await demanded(agent, "foreign", "kubepcap-agent", "node-b.agent.kubepcap")
+    await demanded(world.client, "admin", "kubepcap-agent", "node-a.agent.kubepcap")
+    for name, expected in {
+        "own": ("Approved", "ProfileFits"),
+        "foreign": ("Denied", "NamesWrong"),
+        "admin": ("Denied", "RequesterUnknown"),
+    }.items():
+
+        async def answered(name: str = name) -> bool:
+            return (await answer(name))[0] != ""
+
+        await eventually(answered)
+        assert await answer(name) == expected
+
+
+async def test_what_nodes_report_becomes_the_status(world: World) -> None:
+    await ready(world)
+    capture = await world.capture("reported")
+    await world.client.create(
+        CAPTURENODES, {"apiVersion": "kubepcap.io/v1", "kind": "CaptureNode", "metadata": {"name": "node-a"}}
+    )
+
+    async def report(**said: Any) -> None:
+        about = {"namespace": "dev", "name": "reported", "uid": capture.metadata.uid}
+        status = {"heartbeatTime": format_timestamp(datetime.now(UTC)), "captures": [about | said]}
+        await world.client.patch(CAPTURENODES, "node-a", {"status": status})
+
+    await report(state="WaitingForTraffic", pods=1)
+    waiting = await world.becomes("reported", "NoPacketYet", "Capturing")
+    assert (waiting.status.phase, waiting.status.pods) == ("WaitingForTraffic", 1)
+    await report(state="Capturing", pods=1, packets=3, bytes=300, dropped=1)
+    capturing = await world.becomes("reported", "Capturing", "Capturing")
+    assert (capturing.status.phase, capturing.status.packets, capturing.status.dropped) == ("Capturing", 3, 1)
+    await report(state="Capturing", pods=1, packets=9, bytes=900, dropped=1)
+
+    async def counted() -> bool:
+        found = PacketCapture.model_validate(await world.client.get(PACKETCAPTURES, "reported", namespace="dev"))
+        return found.status.packets == 9
+
+    await eventually(counted)
+
+
+async def test_of_fifty_captures_at_once_exactly_as_many_as_allowed_are_admitted(world: World) -> None:
+    await ready(world)
+    await world.client.create(
+        CAPTUREPOLICIES,
+        {
+            "apiVersion": "kubepcap.io/v1",
+            "kind": "CapturePolicy",
+            "metadata": {"name": "a-five"},  # the first by name is taken
+            "spec": {"limits": {"maxCapturesPerNamespace": 5}},
+        },
+    )
+
+    async def judged() -> bool:
+        capture = await world.capture("first", namespace="crowded")
+        await world.client.delete(PACKETCAPTURES, "first", namespace="crowded")
+        return '"a-five"' in capture.metadata.annotations["kubepcap.io/admission"]
+
+    await eventually(judged)
+    await asyncio.gather(*(world.capture(f"c{number}", namespace="crowded") for number in range(50)))
+
+    async def reasons() -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for capture in await world.captures(namespace="crowded"):
+            admitted = capture.status.condition("Admitted")
+            found.setdefault(admitted.reason if admitted else "", []).append(capture.metadata.name)
+        # At no moment more than allowed, whatever else is not decided yet.
+        assert len(found.get("WithinLimit", [])) <= 5
+        return found
+
+    async def all_decided() -> dict[str, list[str]] | None:
+        found = await reasons()
+        return found if "" not in found else None
+
+    decided = await eventually(all_decided)
+    assert {reason: len(names) for reason, names in decided.items()} == {"WithinLimit": 5, "QuotaExceeded": 45}
+    await world.client.delete(PACKETCAPTURES, decided["WithinLimit"][0], namespace="crowded")
+
+    async def moved_up() -> bool:
+        found = await reasons()
+        return len(found["WithinLimit"]) == 5 and len(found["QuotaExceeded"]) == 44
+
+    await eventually(moved_up)
+    await world.client.delete(CAPTUREPOLICIES, "a-five")
+
+
+async def test_a_capture_goes_some_time_after_its_end(world: World) -> None:
+    await ready(world)
+    end = format_timestamp(datetime.now(UTC) + timedelta(seconds=3))
+    await world.capture("brief", endTime=end, ttlSecondsAfterFinished=2)
+    finished = await world.becomes("brief", "Ended")
+    assert finished.status.phase == "Finished"
+    assert finished.status.finished_time is not None
+
+    async def gone() -> bool:
+        return "brief" not in [capture.metadata.name for capture in await world.captures(namespace="dev")]
+
+    await eventually(gone)
+
+
+async def test_what_was_created_without_the_webhook_says_why_nothing_comes(world: World) -> None:
+    await ready(world)
+    removed = [(resource, await world.client.get(resource, "kubepcap")) for resource in WEBHOOKS]
+    for resource, _ in removed:
+        await world.client.delete(resource, "kubepcap")
+
+    async def unstamped() -> bool:
+        with suppress(StatusError):
+            await world.client.delete(PACKETCAPTURES, "unguarded", namespace="dev")
+        capture = await world.capture("unguarded")
+        return "kubepcap.io/admission" not in capture.metadata.annotations
+
+    await eventually(unstamped)
+    told = await world.becomes("unguarded", "NotStamped")
+    assert told.status.phase == "Error"
+
+    await world.create("nonsense", selector="app ==")
+
+    async def status() -> Json | None:
+        return (await world.client.get(PACKETCAPTURES, "nonsense", namespace="dev")).get("status")
+
+    nonsense = await eventually(status)
+    assert nonsense["phase"] == "Error"
+    assert "selector" in nonsense["conditions"][0]["message"]
+    for resource, configuration in removed:
+        (webhook,) = configuration["webhooks"]
+        webhook["clientConfig"] = {"service": webhook["clientConfig"]["service"] | {"path": None}}
+        await world.client.create(
+            resource,
+            {
+                "apiVersion": resource.api_version,
+                "kind": resource.kind,
+                "metadata": {"name": "kubepcap"},
+                "webhooks": [webhook],
+            },
+        )
+    await ready(world)
+
+
+async def test_when_the_leader_stops_the_other_goes_on(world: World) -> None:
+    await ready(world)
+    leader = await world.leader()
+    assert await world.controllers[leader].stop() == 0
+    (other,) = world.controllers.keys() - {leader}
+
+    async def taken_over() -> bool:
+        return await world.leader() == other
+
+    await eventually(taken_over)
+    await world.capture("later")
+    await world.becomes("later", "WithinLimit")
+
+
+async def test_no_program_asked_for_more_than_it_may(world: World) -> None:
+    """After all of the above: the rights in the manifests are enough."""
+    for log in sorted(world.directory.glob("*.log")):
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        assert lines
+        refused = [line["message"] for line in lines if "forbidden" in line["message"]]
+        assert not refused, f"{log.name}: {refused}"
+        assert not [line for line in lines if "exception" in line]
