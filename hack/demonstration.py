@@ -58,7 +58,8 @@ class Stage:
             check=False,
         )
         output = done.stdout.splitlines()
-        print("\n".join(f"    {line}" for line in output[:lines]), flush=True)
+        for line in output[:lines]:
+            print(f"    {line}", flush=True)
         if len(output) > lines:
             print(f"    … ({len(output) - lines} lines more)", flush=True)
         if (done.returncode != 0) != fails:
@@ -156,7 +157,7 @@ def download(stage: Stage) -> dict[str, dict[str, Any]]:
 def read_packets(stage: Stage, downloads: dict[str, dict[str, Any]]) -> None:
     stage.say("They are ordinary pcap files. What nginx was asked:")
     asked = {name for name in downloads if name.startswith(NGINX[1])}
-    text = "".join(stage.run(f"tcpdump -Anr {name} 2>&1 | cat -v", lines=14) for name in sorted(asked))
+    text = "".join(stage.run(f"tcpdump -Anr {name} 2>&1 | cat -v", lines=40) for name in sorted(asked))
     if "GET / HTTP/1.1" not in text:
         raise Failure("no HTTP request is in the files of nginx")
     stage.say("And the catalogue's first packets, in hexadecimal:")

@@ -89,9 +89,10 @@ MODULES = (KUBERNETES, COREDNS, PAUSE)
 def find(program: str) -> Path:
     """The program in its pinned version: from $KUBEBUILDER_ASSETS, the PATH or the cache, else built."""
     module = next(module for module in MODULES if program in module.programs)
-    for candidate in _candidates(program):
-        if said_version(candidate) == pinned_version(program):
-            return candidate
+    if wanted := pinned_version(program):
+        for candidate in _candidates(program):
+            if said_version(candidate) == wanted:
+                return candidate
     return build(module) / program
 
 

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -72,13 +71,13 @@ def status(name: str) -> bool:
     nodes = api.ready_nodes() if ready else set()
     processes = keeper.processes(cluster)
     for machine in cluster.machines:
-        well = machine in nodes or (machine == CONTROL_PLANE and ready)
+        well = ready if machine == CONTROL_PLANE else machine in nodes & set(processes)
         print(f"  {machine:<14} {cluster.address(machine)!s:<15} pid {processes.get(machine, '-'):<8} {_said(well)}")
     fallen = ended(cluster)
     for machine, program in fallen:
         print(f"  {program} on {machine} has ended; read {cluster.log(machine, program)}")
     print(f"  export KUBECONFIG={cluster.kubeconfig}")
-    return ready and nodes == set(cluster.nodes) and not fallen
+    return ready and nodes == set(cluster.nodes) == set(processes) - {CONTROL_PLANE} and not fallen
 
 
 def _said(ready: bool) -> str:
@@ -110,33 +109,24 @@ def _prepare() -> None:
 
 def _start(cluster: Cluster) -> None:
     with phase("namespaces and network"):
-        log = cluster.logs / "keeper.log"
-        with log.open("ab") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "hack.clusters.keeper", cluster.name],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd="/",
-                start_new_session=True,
-            )
-        _wait(cluster, process, "the machines", lambda: bool(keeper.processes(cluster)))
+        keeper.start(cluster)
+        _wait(cluster, "the machines", lambda: bool(keeper.processes(cluster)))
     api = Api(cluster.kubeconfig)
     with phase("API server"):
-        _wait(cluster, process, "kube-apiserver", api.ready)
+        _wait(cluster, "kube-apiserver", api.ready)
     with phase("nodes"):
-        _wait(cluster, process, "the nodes", lambda: answers(lambda: api.ready_nodes() == set(cluster.nodes)))
+        _wait(cluster, "the nodes", lambda: answers(lambda: api.ready_nodes() == set(cluster.nodes)))
     with phase("DNS"):
         url = f"http://{cluster.address(CONTROL_PLANE)}:{server.DNS_HEALTH_PORT}/ready"
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        _wait(cluster, process, "CoreDNS", lambda: answers(lambda: direct.open(url, timeout=2).status == 200))
+        _wait(cluster, "CoreDNS", lambda: answers(lambda: direct.open(url, timeout=2).status == 200))
 
 
-def _wait(cluster: Cluster, process: subprocess.Popen[bytes], what: str, ready: Callable[[], bool]) -> None:
+def _wait(cluster: Cluster, what: str, ready: Callable[[], bool]) -> None:
     """Wait for a part of the cluster; Failure, with the log to read, as soon as it can't come any more."""
     deadline = time.monotonic() + PATIENCE
     while not ready():
-        if process.poll() is not None:
+        if keeper.alive(cluster, "keeper") is None:
             raise Failure(f"{what} did not come up: the keeper ended", log=_last_written(cluster))
         for machine, program in ended(cluster):
             raise Failure(f"{what} did not come up: {program} ended", log=cluster.log(machine, program))
@@ -152,10 +142,12 @@ def _last_written(cluster: Cluster) -> Path:
 
 
 def _end(cluster: Cluster) -> None:
-    if pid := keeper.alive(cluster, "keeper"):
-        os.kill(pid, signal.SIGTERM)
+    told = False
     deadline = time.monotonic() + PATIENCE
-    while keeper.alive(cluster, "keeper") or keeper.alive(cluster, "sweeper"):
+    while (pid := keeper.alive(cluster, "keeper")) is not None or keeper.alive(cluster, "sweeper") is not None:
+        if pid and not told:
+            os.kill(pid, signal.SIGTERM)
+            told = True
         if time.monotonic() > deadline:
             raise Failure(f"the keeper of cluster {cluster.name} does not end", log=cluster.logs / "keeper.log")
         time.sleep(0.02)
