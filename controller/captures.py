@@ -5,6 +5,7 @@ Each pass looks at everything. A capture with which something is wrong is passed
 
 import asyncio
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ _LONGEST_PAUSE = 30.0
 """Seconds; after that, silence of agents is noticed at the latest."""
 _GATHER = 0.1
 """Seconds in which changes that come together become one pass."""
+_REST = 3.0
+"""Pauses for each second of computing, so that many reports of many nodes take a quarter of a core at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,25 @@ def read(item: Json) -> Known:
         except ValidationError:
             status = PacketCaptureStatus()
         return Unreadable(metadata, status, explain(error))
+
+
+def write_at(
+    written: PacketCaptureStatus,
+    wanted: PacketCaptureStatus,
+    *,
+    last: datetime | None,
+    counters_interval: timedelta,
+    now: datetime,
+) -> datetime | None:
+    """When the status is to be written, `last` being the last time that it was; None when there is nothing new.
+
+    Every write reaches every agent, so what merely counts up waits.
+    """
+    if wanted.to_json() == written.to_json():
+        return None
+    if last is None or outline(wanted).to_json() != outline(written).to_json():
+        return now
+    return max(now, last + counters_interval)
 
 
 class Captures:
@@ -84,8 +106,10 @@ class Captures:
             await self._captures.synced()
             await self._nodes.synced()
             while True:
+                spent = time.process_time()
                 pause = await self._pass()
-                await asyncio.sleep(_GATHER)
+                spent = time.process_time() - spent
+                await asyncio.sleep(max(_GATHER, _REST * spent))
                 await self._signal.wait(pause)
         raise AssertionError
 
@@ -148,15 +172,11 @@ class Captures:
 
     async def _write(self, capture: Known, status: PacketCaptureStatus, now: datetime) -> datetime | None:
         """Write the status if that is due; else returns when it will be."""
-        uid = capture.metadata.uid
-        if status.to_json() == capture.status.to_json():
-            return None
+        metadata, uid = capture.metadata, capture.metadata.uid
         last = self._written_at.get(uid)
-        if last is not None and outline(status).to_json() == outline(capture.status).to_json():
-            due = last + self._counters_interval
-            if now < due:
-                return due
-        metadata = capture.metadata
+        due = write_at(capture.status, status, last=last, counters_interval=self._counters_interval, now=now)
+        if due is None or due > now:
+            return due
         body = {
             "apiVersion": PACKETCAPTURES.api_version,
             "kind": PACKETCAPTURES.kind,

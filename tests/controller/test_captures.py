@@ -1,0 +1,59 @@
+"""When a status is written, and what is made of a capture that can't be read."""
+
+from datetime import datetime, timedelta
+
+import pytest
+
+from api.packetcapture import NodeSummary, PacketCapture, PacketCaptureStatus
+from controller.captures import Unreadable, read, write_at
+from tests.controller.cases import START, after
+
+MINUTE = timedelta(minutes=1)
+OLD = PacketCaptureStatus(phase="Capturing", packets=1, nodes=[NodeSummary(node="a", state="Capturing", packets=1)])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "last", "expected"),
+    [
+        (OLD, START, None),
+        (OLD.model_copy(update={"phase": "Finished"}), after(seconds=10), after(seconds=10)),
+        (OLD.model_copy(update={"pods": 2}), after(seconds=10), after(seconds=10)),
+        (OLD.model_copy(update={"packets": 2}), START, after(minutes=1)),
+        (OLD.model_copy(update={"bytes": 2}), after(minutes=-5), after(seconds=10)),
+        (OLD.model_copy(update={"packets": 2}), None, after(seconds=10)),
+        (
+            OLD.model_copy(update={"nodes": [NodeSummary(node="a", state="Capturing", packets=2)]}),
+            START,
+            after(minutes=1),
+        ),
+        (
+            OLD.model_copy(update={"nodes": [NodeSummary(node="a", state="Error", packets=1)]}),
+            after(seconds=10),
+            after(seconds=10),
+        ),
+    ],
+    ids=["nothing new", "phase", "pods", "packets", "bytes, long ago", "never written", "a node's", "a node's state"],
+)
+def test_states_are_written_at_once_and_counters_now_and_then(
+    wanted: PacketCaptureStatus, last: datetime | None, expected: datetime | None
+) -> None:
+    assert write_at(OLD, wanted, last=last, counters_interval=MINUTE, now=after(seconds=10)) == expected
+
+
+def test_a_capture_whose_spec_is_wrong_is_kept_with_the_reason() -> None:
+    item = {
+        "metadata": {"name": "web", "uid": "u", "generation": 3},
+        "spec": {"selector": "app =="},
+        "status": {"packets": 5},
+    }
+    found = read(item)
+    assert isinstance(found, Unreadable)
+    assert (found.metadata.generation, found.status.packets) == (3, 5)
+    assert found.message.startswith("spec: selector: column 7")
+    assert isinstance(read(item | {"spec": {"selector": "all()"}}), PacketCapture)
+
+
+def test_a_status_that_can_not_be_read_is_replaced() -> None:
+    found = read({"metadata": {"name": "web", "uid": "u"}, "spec": {}, "status": {"packets": "many"}})
+    assert isinstance(found, Unreadable)
+    assert found.status == PacketCaptureStatus()
