@@ -34,7 +34,8 @@ def left_by(cluster: Cluster) -> list[str]:
     """Everything of the cluster that is still on the machine."""
     links = subprocess.run(["ip", "-oneline", "link"], capture_output=True, text=True, check=True).stdout
     mounts = Path("/proc/self/mounts").read_text()
-    groups = [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/{cluster.cgroup}")]
+    hierarchies = [Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").iterdir()]
+    groups = [str(path) for hierarchy in hierarchies if (path := hierarchy / cluster.cgroup).exists()]
     return [
         *(["its interface"] if cluster.host_interface in links else []),
         *(["a mount"] if str(cluster.state) in mounts else []),
