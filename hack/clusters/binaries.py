@@ -96,6 +96,11 @@ def find(program: str) -> Path:
     return build(module) / program
 
 
+def find_all() -> dict[str, str]:
+    """Where every program of a cluster is."""
+    return {program: str(find(program)) for module in MODULES for program in module.programs}
+
+
 def pinned_version(program: str) -> str | None:
     """The version, without a leading v, that a program has to say of itself; None for one that is always built here."""
     modules = {"etcd": "go.etcd.io/etcd/server/v3"}

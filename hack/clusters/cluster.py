@@ -82,6 +82,12 @@ class Cluster:
     def log(self, machine: str, program: str) -> Path:
         return self.logs / f"{machine}.{program}.log"
 
+    @property
+    def programs(self) -> dict[str, str]:
+        """Where the programs are that its machines run; those of the distribution are not among them."""
+        programs: dict[str, str] = json.loads((self.state / "programs.json").read_text())
+        return programs
+
     def save(self) -> None:
         plan = {"name": self.name, "lan": str(self.lan), "nodes": list(self.nodes)}
         (self.state / "cluster.json").write_text(json.dumps(plan))

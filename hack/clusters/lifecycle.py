@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -33,10 +34,12 @@ def up(name: str) -> Cluster:
             print(f"cluster {name} is already up: {cluster.api_url}")
             return cluster
         with phase("packages, binaries and the pause image"):
-            _prepare()
+            subprocess.run([binaries.HACK / "packages", *PACKAGES], check=True)
+            programs = binaries.find_all()
         with phase("certificates"):
             _clear(name)
             cluster = Cluster.allocate(name)
+            (cluster.state / "programs.json").write_text(json.dumps(programs))
             _write_pause_image(cluster)
             server.write_certificates(cluster)
         try:
@@ -98,13 +101,6 @@ def running_cluster(name: str) -> Cluster:
     if keeper.alive(cluster, "keeper") is None or not keeper.processes(cluster):
         raise Failure(f"cluster {name} has ended; start it with: hack/cluster --name {name} up")
     return cluster
-
-
-def _prepare() -> None:
-    subprocess.run([binaries.HACK / "packages", *PACKAGES], check=True)
-    for module in binaries.MODULES:
-        for program in module.programs:
-            binaries.find(program)
 
 
 def _start(cluster: Cluster) -> None:

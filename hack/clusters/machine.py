@@ -22,12 +22,16 @@ class Machine:
         self.cluster = cluster
         self.name = name
         self.address = str(cluster.address(name))
-        self._programs: dict[int, str] = {}
+        self._running: dict[int, str] = {}
 
     @property
     def files(self) -> Path:
         """The machine's own settings and state, on the host's disk."""
         return self.cluster.state / self.name
+
+    def program(self, name: str) -> str:
+        """Where a program is that was found or built for the cluster; the machine itself can build nothing."""
+        return self.cluster.programs.get(name, name)
 
     def isolate(self) -> None:
         """Give the machine what it may write to: its own /etc, /var and /run. The rest it shares with the host."""
@@ -45,7 +49,7 @@ class Machine:
         tmpfs(Path("/run"))
         for path, descriptor in kept:  # the project and the cache may lie below what was just covered
             path.mkdir(parents=True, exist_ok=True)
-            mount("--no-canonicalize", "--bind", f"/proc/self/fd/{descriptor}", str(path), descriptors=[descriptor])
+            mount("--no-canonicalize", "--rbind", f"/proc/self/fd/{descriptor}", str(path), descriptors=[descriptor])
             os.close(descriptor)
         socket.sethostname(self.name)
         hosts = "".join(f"{self.cluster.address(name)} {name}\n" for name in self.cluster.machines)
@@ -53,11 +57,12 @@ class Machine:
         # CoreDNS beside the control plane, never the resolver of the machine underneath
         replace(Path("/etc/resolv.conf"), f"nameserver {self.cluster.address(CONTROL_PLANE)}\n")
 
-    def start(self, program: str, command: Sequence[str | Path]) -> None:
+    def start(self, name: str, arguments: Sequence[str | Path]) -> None:
         """Start a program that is to run as long as the machine does; its output goes to a log of its own."""
-        with self.cluster.log(self.name, program).open("ab") as log:
+        command = [self.program(name), *arguments]
+        with self.cluster.log(self.name, name).open("ab") as log:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-        self._programs[process.pid] = program
+        self._running[process.pid] = name
 
     def wait(self, ready: Callable[[], bool]) -> None:
         """Wait without end: `up` is who loses patience, and it says with what."""
@@ -72,7 +77,7 @@ class Machine:
             except ChildProcessError:
                 time.sleep(1)
                 continue
-            if program := self._programs.pop(pid, None):
+            if program := self._running.pop(pid, None):
                 code = os.waitstatus_to_exitcode(status)
                 with (self.files / ENDED).open("a") as file:
                     file.write(f"{program}\n")

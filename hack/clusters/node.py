@@ -7,7 +7,6 @@ from typing import Any
 
 from hack.clusters import cgroups
 from hack.clusters.api import Api
-from hack.clusters.binaries import find
 from hack.clusters.cluster import DNS_SERVICE, PODS, Cluster
 from hack.clusters.machine import Machine, mount, tmpfs
 
@@ -46,7 +45,7 @@ def run(machine: Machine) -> None:
     write_json(Path("/etc/cni/net.d/10-bridge.conflist"), cni_settings(cluster, machine.name))
     containerd = machine.files / "containerd.toml"
     containerd.write_text(CONTAINERD)
-    machine.start("containerd", ["containerd", "--config", containerd])
+    machine.start("containerd", ["--config", containerd])
     kubelet, proxy = machine.files / "kubelet.json", machine.files / "kube-proxy.json"
     write_json(kubelet, kubelet_settings(cluster, machine.name))
     write_json(proxy, proxy_settings(cluster, machine.name))
@@ -56,14 +55,13 @@ def run(machine: Machine) -> None:
     machine.start(
         "kubelet",
         [
-            find("kubelet"),
             f"--config={kubelet}",
             f"--kubeconfig={cluster.pki}/{machine.name}.kubeconfig",
             f"--hostname-override={machine.name}",
             f"--node-ip={machine.address}",
         ],
     )
-    machine.start("kube-proxy", [find("kube-proxy"), f"--config={proxy}"])
+    machine.start("kube-proxy", [f"--config={proxy}"])
 
 
 def cni_settings(cluster: Cluster, node: str) -> dict[str, Any]:

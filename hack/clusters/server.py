@@ -4,7 +4,6 @@ import subprocess
 from pathlib import Path
 
 from hack.clusters.api import Api
-from hack.clusters.binaries import find
 from hack.clusters.cluster import CONTROL_PLANE, DNS_SERVICE, Cluster
 from hack.clusters.controlplane import AUDIT_POLICY, ControlPlane
 from hack.clusters.failure import Failure
@@ -68,13 +67,12 @@ def run(machine: Machine) -> None:
     """Start the control plane's programs and return."""
     cluster, settings = machine.cluster, control_plane(machine.cluster)
     tmpfs(settings.etcd_data)
-    machine.start("etcd", [find("etcd"), *settings.etcd()])
+    machine.start("etcd", settings.etcd())
     audit = machine.files / "audit.yaml"
     audit.write_text(AUDIT_POLICY)
     machine.start(
         "kube-apiserver",
         [
-            find("kube-apiserver"),
             *settings.kube_apiserver(),
             f"--advertise-address={machine.address}",
             # There is no kube-proxy here: aggregated APIs and webhooks are reached at their endpoints.
@@ -107,14 +105,14 @@ def run(machine: Machine) -> None:
     ):
         credentials = f"--kubeconfig={cluster.pki}/{program}.kubeconfig"
         common = [credentials, "--leader-elect=false", "--bind-address=127.0.0.1"]
-        machine.start(program, [find(program), *common, *arguments])
+        machine.start(program, [*common, *arguments])
     _start_dns(machine)
 
 
 def _start_dns(machine: Machine) -> None:
     cluster = machine.cluster
     objects = DNS_OBJECTS.read_text().format(address=machine.address, service=DNS_SERVICE)
-    kubectl = [str(find("kubectl")), f"--kubeconfig={cluster.kubeconfig}", "apply", "--filename=-"]
+    kubectl = [machine.program("kubectl"), f"--kubeconfig={cluster.kubeconfig}", "apply", "--filename=-"]
     log = cluster.log(machine.name, "dns-objects")
     with log.open("ab") as output:
         done = subprocess.run(kubectl, input=objects.encode(), stdout=output, stderr=subprocess.STDOUT, check=False)
@@ -125,4 +123,4 @@ def _start_dns(machine: Machine) -> None:
     )
     corefile = machine.files / "Corefile"
     corefile.write_text(settings)
-    machine.start("coredns", [find("coredns"), "-conf", corefile])
+    machine.start("coredns", ["-conf", corefile])
