@@ -22,6 +22,7 @@ _SHORTEST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 5.0
 _STEADY_SECONDS: Final = 10.0
 _UMASK: Final = 0o007
+_END: Final = (signal.SIGTERM, signal.SIGINT)
 
 log = logging.getLogger(__name__)
 
@@ -61,35 +62,36 @@ class Supervisor:
         self._listener = listener
         self._captures = captures
         self._settings = settings
-        self._worker: subprocess.Popen[bytes] | None = None
-        self._terminating = False
-
-    def terminate(self) -> None:
-        """Let the worker close its files, then let `run` return. Callable from a signal handler."""
-        self._terminating = True
-        if self._worker is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self._worker.terminate()
 
     def run(self) -> None:
-        """Keep a worker running; one that dies again and again is restarted after longer and longer pauses."""
+        """Keep a worker running until SIGTERM or SIGINT, then let it close its files.
+
+        One that dies again and again is restarted after longer and longer pauses. Signals are waited for instead of
+        handled, since a handler of Python's does not run while a system call waits that began just after the signal.
+        """
+        signal.pthread_sigmask(signal.SIG_BLOCK, {*_END, signal.SIGCHLD})
         pause = _SHORTEST_PAUSE
-        while not self._told_to_terminate():
+        while True:
             started = time.monotonic()
-            self._worker = self._start()
-            if self._told_to_terminate():  # while it started
-                self._worker.terminate()
-            status = self._worker.wait()
-            if self._told_to_terminate():
+            status = self._supervise(self._start())
+            if status is None:
                 return
             if time.monotonic() - started >= _STEADY_SECONDS:
                 pause = _SHORTEST_PAUSE
             log.error("the worker ended with status %d; restarting it in %.2f s", status, pause)
-            time.sleep(pause)
+            if signal.sigtimedwait(_END, pause) is not None:
+                return
             pause = min(pause * 2, _LONGEST_PAUSE)
 
-    def _told_to_terminate(self) -> bool:
-        return self._terminating
+    def _supervise(self, worker: subprocess.Popen[bytes]) -> int | None:
+        """Wait for the worker's end. Returns its status, None when it was told to end."""
+        terminating = False
+        while True:
+            if signal.sigwait({*_END, signal.SIGCHLD}) != signal.SIGCHLD:
+                terminating = True
+                worker.terminate()
+            elif (status := worker.poll()) is not None:
+                return None if terminating else status
 
     def _start(self) -> subprocess.Popen[bytes]:
         descriptors = (self._listener.fileno(), self._captures)
@@ -131,7 +133,4 @@ def main() -> None:
         listener = listen(settings.socket)
     except (SettingsError, OSError) as error:
         sys.exit(f"capturer: {error}")
-    supervisor = Supervisor(listener, captures=captures, settings=settings)
-    signal.signal(signal.SIGTERM, lambda *_: supervisor.terminate())
-    signal.signal(signal.SIGINT, lambda *_: supervisor.terminate())
-    supervisor.run()
+    Supervisor(listener, captures=captures, settings=settings).run()

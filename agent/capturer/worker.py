@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
+from types import FrameType
 from typing import Final
 
 from agent.capturer import netns
@@ -236,18 +237,23 @@ class Worker:
         self._waiting: list[_Waiting] = []
         self._changed: set[str] = set()
         self._lock = threading.Lock()
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._wake, self._waker = socket.socketpair()
+        self._wake.setblocking(False)
+        self._waker.setblocking(False)
         self._selector = selectors.DefaultSelector()
         self._connections: set[_Connection] = set()
         self._terminating = False
 
-    def terminate(self) -> None:
-        """Stop every target, close all files, then let `run` return. Callable from a signal handler."""
-        self._terminating = True
-        os.eventfd_write(self._wake, 1)
-
     def run(self) -> None:
-        """Serve until terminated."""
+        """Serve until SIGTERM; then stop every target and close all files. To be called in the main thread."""
+
+        def terminate(_number: int, _frame: FrameType | None) -> None:
+            self._terminating = True
+
+        signal.signal(signal.SIGTERM, terminate)
+        # A handler of Python's does not run while a system call waits that began just after the signal; this wakes it.
+        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGCHLD})
         self._listener.setblocking(False)
         self._selector.register(self._listener, selectors.EVENT_READ, None)
         self._selector.register(self._wake, selectors.EVENT_READ, None)
@@ -258,7 +264,7 @@ class Worker:
                 elif isinstance(key.data, _Connection):
                     self._serve(key.data, events)
                 else:
-                    os.eventfd_read(self._wake)
+                    self._wake.recv(1 << 16)
             self._stop_due()
             self._announce()
             self._answer_waiting()
@@ -276,7 +282,8 @@ class Worker:
     def _changed_in_thread(self, target_id: str) -> None:
         with self._lock:
             self._changed.add(target_id)
-        os.eventfd_write(self._wake, 1)
+        with contextlib.suppress(BlockingIOError):  # then a wake-up waits already
+            self._waker.send(b"\0")
 
     def _seconds_to_wait(self) -> float | None:
         """Look at the clock every second while a target has an end, since the clock may be set meanwhile."""
@@ -442,8 +449,6 @@ def main() -> None:
         host_namespace=arguments.host_namespace,
         allowed_uids=frozenset(arguments.allow_uid),
     )
-    signal.signal(signal.SIGTERM, lambda *_: worker.terminate())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor decides
     worker.run()
 
 

@@ -11,7 +11,7 @@ import pytest
 from scapy.utils import RawPcapReader
 
 from agent.capturer.protocol import State, TargetStatus
-from tests.agent.capturer.conftest import PORT, Capturer, Pod, eventually, make_pod, run, send
+from tests.agent.world import PORT, Capturer, Pod, eventually, make_pod, run, send
 
 UDP_PAYLOAD = 14 + 20 + 8
 
@@ -192,7 +192,7 @@ def test_a_stopped_capture_does_not_pin_the_pods_namespace(pod: Pod, capturer: C
     assert all(task.joinpath("ns/net").stat().st_ino != namespace for task in worker.iterdir())
     open_files = [os.readlink(entry) for entry in worker.parent.joinpath("fd").iterdir()]
     assert not [name for name in open_files if "pcap" in name or name.startswith("net:")]
-    assert not [name for name in open_files if "socket" in name][2:]  # the listener and this connection
+    assert not [name for name in open_files if "socket" in name][4:]  # the listener, this connection, the wake-up pair
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,7 @@ def test_a_link_in_the_place_of_a_directory_is_not_followed(pod: Pod, capturer: 
 
 
 def test_the_node_itself_is_never_captured(pod: Pod, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.agent.capturer.conftest.HOST", Path(f"/run/netns/{pod.namespace}"))
+    monkeypatch.setattr("tests.agent.world.HOST", Path(f"/run/netns/{pod.namespace}"))
     capturer = Capturer(tmp_path)
     status = capturer.start(pod.target())
     assert (status.state, status.reason) == (State.FAILED, "HostNetwork")

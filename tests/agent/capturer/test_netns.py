@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from agent.capturer import netns
-from tests.agent.capturer.conftest import HOST, Pod, run
+from tests.agent.world import HOST, Pod, run
 
 A = "0f4b1a5e-8d0c-4f5a-9a53-1d2d7a3c9b11"
 B = "7c9e6679-7425-40de-944b-e07fc1f90ae7"

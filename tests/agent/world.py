@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import pytest
-
 from agent.capturer.netns import Namespace
 from agent.capturer.protocol import (
     Changed,
@@ -33,7 +31,7 @@ PORT = 9999
 HOST = Path(f"/proc/{os.getpid()}/ns/net")
 """The node of these tests is this process."""
 
-_PROJECT = Path(__file__).resolve().parents[3]
+_PROJECT = Path(__file__).resolve().parents[2]
 _PATIENCE = 20.0
 T = TypeVar("T")
 
@@ -232,16 +230,3 @@ class Capturer:
 
 def _sequence(path: Path) -> int:
     return int(path.stem.rsplit("-", 1)[1])
-
-
-@pytest.fixture
-def pod() -> Iterator[Pod]:
-    with make_pod() as made:
-        yield made
-
-
-@pytest.fixture
-def capturer(tmp_path: Path) -> Iterator[Capturer]:
-    made = Capturer(tmp_path)
-    yield made
-    made.close()

@@ -1,0 +1,48 @@
+"""When the node's object is written, with a clock of the test's."""
+
+import pytest
+
+from agent.report import Facts, Intervals, pace
+from api.capturenode import Disk, NodeCapture
+
+INTERVALS = Intervals(states=1, counters=10, heartbeat=30)
+
+
+def facts(**changes: object) -> Facts:
+    values: dict[str, object] = {"namespace": "dev", "name": "c", "uid": "u", "state": "Capturing", "packets": 1}
+    return Facts((NodeCapture.model_validate(values | changes),))
+
+
+WRITTEN = facts()
+
+
+@pytest.mark.parametrize(
+    ("current", "seconds_since", "wait"),
+    [
+        # nothing changed: a sign of life
+        (WRITTEN, 0, 30),
+        (WRITTEN, 29, 1),
+        (WRITTEN, 30, 0),
+        # only counters
+        (facts(packets=2), 0, 10),
+        (facts(packets=2), 12, 0),
+        (facts(bytes=5, files=3, dropped=2), 4, 6),
+        # something that a person waits for
+        (facts(state="Error"), 0, 1),
+        (facts(state="Error"), 1, 0),
+        (facts(reason="HostNetwork"), 5, 0),
+        (facts(message="other"), 5, 0),
+        (facts(pods=2), 5, 0),
+        (Facts(), 5, 0),
+        (Facts((*WRITTEN.captures, *facts(uid="v").captures)), 5, 0),
+        # the disk is a counter that nobody waits for
+        (Facts(WRITTEN.captures, Disk(capacity=3, free=2, used=1)), 12, 18),
+    ],
+)
+def test_states_are_written_at_once_and_counters_seldom(current: Facts, seconds_since: float, wait: float) -> None:
+    now = 1000.0 + seconds_since
+    assert pace(written=WRITTEN, written_at=1000.0, current=current, now=now, intervals=INTERVALS) == wait
+
+
+def test_the_first_report_does_not_wait() -> None:
+    assert pace(written=None, written_at=float("-inf"), current=Facts(), now=0, intervals=INTERVALS) == 0
