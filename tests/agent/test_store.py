@@ -1,0 +1,218 @@
+"""Files and their records, with files as libpcap writes them."""
+
+import hashlib
+import json
+import struct
+import uuid
+from collections.abc import Collection
+from pathlib import Path
+
+import pytest
+
+from agent.capturer.protocol import FileStatus, InterfaceStatus, State, Target, TargetStatus
+from agent.pcapfile import Walk, first_time, walk, whole_size
+from agent.store import Store
+from api.names import file_name
+
+NOW = 1_790_000_000_000_000_000
+CAPTURE = str(uuid.uuid4())
+POD = str(uuid.uuid4())
+TARGET = Target(
+    capture_uid=CAPTURE, pod_uid=POD, pod_name="web-0", pod_addresses=("10.0.0.1",), filter="tcp", snap_length=100
+)
+
+
+def pcap(packets: int, *, size: int = 60) -> bytes:
+    """So many packets, a second apart."""
+    content = struct.pack("=IHHiIII", 0xA1B23C4D, 2, 4, 0, 0, 262144, 1)
+    for number in range(packets):
+        content += struct.pack("=IIII", NOW // 10**9 + number, 7, size, size) + bytes(size)
+    return content
+
+
+def name(sequence: int = 0, *, interface: str = "eth0") -> str:
+    return file_name(pod="web-0", interface=interface, created_ns=NOW + sequence, pod_uid=POD, sequence=sequence)
+
+
+def status(*files: FileStatus, state: State = State.CAPTURING) -> TargetStatus:
+    interface = InterfaceStatus(interface="eth0", state=state, files=files)
+    return TargetStatus(target=TARGET, started=1, state=state, interfaces=(interface,))
+
+
+def file(sequence: int, *, packets: int, open_: bool, size: int | None = None, dropped: int = 0) -> FileStatus:
+    return FileStatus(
+        name=name(sequence),
+        interface="eth0",
+        created=NOW + sequence,
+        size=len(pcap(packets)) if size is None else size,
+        packets=packets,
+        dropped=dropped,
+        last_batch_offset=24 + 76 * max(0, packets - 2),
+        open=open_,
+    )
+
+
+class Fixture:
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.engaged: Collection[str] | None = []
+        self.store = self.restarted()
+        self.recovered: list[tuple[str, int]] = []
+
+    def restarted(self) -> Store:
+        return Store(self.directory, node="node-1", engaged=lambda: self.engaged)
+
+    def write(self, content: bytes, *, sequence: int = 0, capture: str = CAPTURE) -> Path:
+        path = self.directory / capture / name(sequence)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        return path
+
+    async def finish(self) -> None:
+        await self.store.finish(on_recovered=lambda uid, packets: self.recovered.append((uid, packets)))
+
+
+@pytest.fixture
+def fixture(tmp_path: Path) -> Fixture:
+    return Fixture(tmp_path / "captures")
+
+
+async def test_a_file_that_is_being_written_is_listed_as_the_capturer_tells(fixture: Fixture) -> None:
+    fixture.write(pcap(5) + b"torn")
+    fixture.store.observe(status(file(0, packets=5, open_=True, dropped=2)))
+    (listed,) = await fixture.store.files(CAPTURE)
+    assert (listed.node, listed.pod, listed.interface, listed.name) == ("node-1", "web-0", "eth0", name())
+    assert (listed.size, listed.packets, listed.dropped, listed.received) == (len(pcap(5)), 5, 2, 7)
+    assert (listed.state, listed.sha256) == ("Writing", None)
+    assert listed.first_packet_time == "2026-09-21T14:13:20.000000007Z"
+    assert listed.last_packet_time == "2026-09-21T14:13:24.000000007Z"
+
+
+async def test_a_closed_file_gets_a_record_that_outlives_the_agent(fixture: Fixture) -> None:
+    fixture.write(pcap(5))
+    fixture.store.observe(status(file(0, packets=5, open_=False, dropped=2)))
+    await fixture.finish()
+    assert fixture.recovered == []
+    (listed,) = await fixture.store.files(CAPTURE)
+    assert (listed.state, listed.sha256) == ("Finished", hashlib.sha256(pcap(5)).hexdigest())
+    fixture.store = fixture.restarted()
+    assert await fixture.store.files(CAPTURE) == [listed]
+    record = json.loads((fixture.directory / CAPTURE / f"{name()}.json").read_text())
+    assert (record["podUid"], record["filter"], record["snapLength"]) == (POD, "tcp", 100)
+    assert record["recovered"] is False
+
+
+async def test_a_file_whose_writer_died_is_recovered_up_to_its_last_whole_packet(fixture: Fixture) -> None:
+    fixture.write(pcap(5)[:-1])
+    await fixture.finish()
+    (listed,) = await fixture.store.files(CAPTURE)
+    assert (listed.size, listed.packets, listed.pod, listed.interface) == (len(pcap(4)), 4, "web-0", "eth0")
+    assert listed.sha256 == hashlib.sha256(pcap(4)).hexdigest()
+    assert fixture.recovered == [(CAPTURE, 4)]
+
+
+async def test_recovery_counts_what_was_not_told_before(fixture: Fixture) -> None:
+    fixture.write(pcap(5))
+    fixture.store.observe(status(file(0, packets=3, open_=True, dropped=1)))
+    await fixture.finish()
+    (listed,) = await fixture.store.files(CAPTURE)
+    assert (listed.packets, listed.dropped) == (5, 1)
+    assert fixture.recovered == [(CAPTURE, 2)]
+
+
+async def test_a_file_that_may_be_written_to_is_left_alone(fixture: Fixture) -> None:
+    fixture.write(pcap(5))
+    for engaged in (None, [TARGET.id]):
+        fixture.engaged = engaged
+        await fixture.finish()
+    assert await fixture.store.files(CAPTURE) == []
+    assert fixture.recovered == []
+
+
+async def test_a_file_of_before_the_workers_death_is_recovered_while_its_pod_is_captured_again(
+    fixture: Fixture,
+) -> None:
+    fixture.write(pcap(5), sequence=0)
+    fixture.write(pcap(1), sequence=1)
+    fixture.engaged = [TARGET.id]
+    fixture.store.observe(status(file(1, packets=1, open_=True)))
+    await fixture.finish()
+    listed = await fixture.store.files(CAPTURE)
+    assert [(each.state, each.packets) for each in listed] == [("Finished", 5), ("Writing", 1)]
+
+
+async def test_a_file_without_a_whole_header_is_removed(fixture: Fixture) -> None:
+    path = fixture.write(pcap(0)[:10])
+    await fixture.finish()
+    assert not path.exists()
+    assert await fixture.store.files(CAPTURE) == []
+
+
+async def test_a_record_that_can_not_be_read_is_made_anew(fixture: Fixture) -> None:
+    path = fixture.write(pcap(5))
+    path.with_name(f"{path.name}.json").write_text("{")
+    await fixture.finish()
+    assert [each.packets for each in await fixture.store.files(CAPTURE)] == [5]
+
+
+async def test_files_of_captures_that_are_gone_are_removed(fixture: Fixture) -> None:
+    other, busy = str(uuid.uuid4()), str(uuid.uuid4())
+    for capture in (CAPTURE, other, busy):
+        fixture.write(pcap(1), capture=capture)
+    (fixture.directory / "not-a-uid").mkdir()
+    gone = await fixture.store.retain([CAPTURE], writing=lambda: [f"{busy}/{POD}"])
+    assert gone == [other]
+    assert {path.name for path in fixture.directory.iterdir()} == {CAPTURE, busy, "not-a-uid"}
+
+
+async def test_usage_lists_files_oldest_first_and_forgets_rotated_ones(fixture: Fixture) -> None:
+    paths = [fixture.write(pcap(packets), sequence=packets) for packets in (1, 2, 3)]
+    await fixture.finish()
+    paths[0].unlink()
+    used = await fixture.store.usage()
+    assert [(each.name, each.size, each.finished) for each in used] == [
+        (name(2), len(pcap(2)), True),
+        (name(3), len(pcap(3)), True),
+    ]
+    assert not paths[0].with_name(f"{paths[0].name}.json").exists()
+    await fixture.store.remove(CAPTURE, name(2))
+    assert [each.name for each in await fixture.store.files(CAPTURE)] == [name(3)]
+
+
+async def test_without_a_directory_there_are_no_files(fixture: Fixture) -> None:
+    assert await fixture.store.files(CAPTURE) == []
+    assert await fixture.store.usage() == []
+    assert await fixture.store.retain([], writing=list) == []
+
+
+async def test_links_are_not_followed(fixture: Fixture, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes(pcap(1))
+    path = fixture.write(b"")
+    path.unlink()
+    path.symlink_to(secret)
+    await fixture.finish()
+    assert await fixture.store.files(CAPTURE) == []
+    with pytest.raises(OSError, match="symbolic links"):
+        await fixture.store.open(CAPTURE, path.name)
+
+
+class TestPcapFile:
+    @pytest.mark.parametrize("cut", range(24 + 2 * 76 + 1))
+    def test_a_file_cut_at_any_byte_ends_at_its_last_whole_packet(self, tmp_path: Path, cut: int) -> None:
+        path = tmp_path / "file"
+        path.write_bytes(pcap(2)[:cut])
+        with path.open("rb") as opened:
+            found = whole_size(opened.fileno())
+        packets = max(0, (cut - 24) // 76)
+        assert (found.packets, found.end) == (packets, 24 + 76 * packets if cut >= 24 else 0)
+
+    def test_what_is_no_record_ends_the_walk(self, tmp_path: Path) -> None:
+        path = tmp_path / "file"
+        path.write_bytes(pcap(2) + b"\xff" * 100)
+        with path.open("rb") as opened:
+            assert whole_size(opened.fileno()).packets == 2
+            assert walk(opened.fileno(), start=24 + 76, end=24 + 152) == Walk(
+                1, 24 + 152, NOW + 10**9 + 7, NOW + 10**9 + 7
+            )
+            assert first_time(opened.fileno(), 24) is None
