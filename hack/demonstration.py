@@ -108,7 +108,7 @@ def start_captures(stage: Stage) -> None:
     stage.run("kubectl --as operator apply -f manifests/examples/nginx-pcap.yaml")
     stage.run("kubectl apply -f manifests/examples/hipstershop-capture-productcatalogservice.yaml")
     stage.say("A bad one is refused with a sentence that says what to change.")
-    bad = "sed 's/ports: .*/ports: [70000]/' manifests/examples/nginx-pcap.yaml"
+    bad = "sed 's/name: .*/name: bad/; s/ports: .*/ports: [70000]/' manifests/examples/nginx-pcap.yaml"
     stage.run(f"{bad} | kubectl --as operator apply --dry-run=server -f -", fails=True, expect="70000")
     stage.say("Within moments the pods that match are captured: two of nginx, one on each node, and the catalogue.")
     for (namespace, name), pods in ((NGINX, 2), (CATALOGUE, 1)):
