@@ -29,7 +29,6 @@ VERSION: Final = "v0.1.0"
 
 _BURST_SECONDS: Final = 0.02
 _LONGEST_SLEEP: Final = 30.0
-_REFRESH_SECONDS: Final = 5.0
 _STORE_SECONDS: Final = 5.0
 _FAREWELL_SECONDS: Final = 8.0
 
@@ -168,7 +167,7 @@ class Agent:
     async def _refresh(self) -> NoReturn:
         """Ask for counters now and then; changes of state come by themselves."""
         while True:
-            await asyncio.sleep(_REFRESH_SECONDS)
+            await asyncio.sleep(self._settings.intervals.counters)
             if self._capturer.is_known:
                 try:
                     await self._capturer.refresh()

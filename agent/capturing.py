@@ -20,6 +20,7 @@ from agent.capturer.protocol import (
     Reply,
     Report,
     Start,
+    State,
     Stop,
     Target,
     TargetStatus,
@@ -56,8 +57,8 @@ class Capturer:
         self,
         socket: Path,
         *,
-        on_status: Callable[[TargetStatus], None],
-        on_end: Callable[[TargetStatus], None],
+        on_status: Callable[[TargetStatus], object],
+        on_end: Callable[[TargetStatus], object],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`on_status` is called with all that the capturer tells, `on_end` once for each run, with its last status."""
@@ -65,7 +66,7 @@ class Capturer:
         self._on_status = on_status
         self._on_end = on_end
         self._clock = clock
-        self._wanted: Mapping[str, Target] = {}
+        self._wanted: Mapping[str, Target] | None = None
         self._statuses: dict[str, TargetStatus] = {}
         self._failures: dict[str, _Failure] = {}
         self._working: set[str] = set()
@@ -90,7 +91,7 @@ class Capturer:
         return frozenset(self._statuses.keys() | self._working)
 
     def want(self, targets: Mapping[str, Target]) -> None:
-        """Capture these targets and no others."""
+        """Capture these targets and no others. Before the first call whatever runs goes on."""
         self._wanted = MappingProxyType(dict(targets))
         self._changed.set()
 
@@ -153,6 +154,8 @@ class Capturer:
             self._told(status)
 
     def _converge(self, tasks: asyncio.TaskGroup) -> None:
+        if self._wanted is None:
+            return
         now = self._clock()
         for target_id in self._failures.keys() - self._wanted.keys():
             del self._failures[target_id]
@@ -197,11 +200,12 @@ class Capturer:
 
     def _ended(self, status: TargetStatus) -> None:
         target_id = status.target.id
-        if self._wanted.get(target_id) == status.target:
+        if self._wanted is not None and self._wanted.get(target_id) == status.target:
             earlier = self._failures.get(target_id)
             pause = min(earlier.pause * 2, _LONGEST_RETRY) if earlier else _FIRST_RETRY
             self._failures[target_id] = _Failure(status, pause, self._clock() + pause)
-            log.warning("capture of %s ended: %s %s", status.target.pod_name, status.reason, status.message)
+            if status.state is State.FAILED:
+                log.warning("capturing pod %s failed: %s (%s)", status.target.pod_name, status.message, status.reason)
         self._on_end(status)
 
     def _told(self, status: TargetStatus) -> None:

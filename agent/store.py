@@ -87,15 +87,15 @@ class Store:
         self._times: dict[tuple[str, str], tuple[int, int | None, int | None]] = {}
 
     def observe(self, status: TargetStatus) -> bool:
-        """Take note of what the capturer says of a target's files. Returns whether a file was closed since."""
+        """Take note of what the capturer says of a target's files. Returns whether a file is new, or was closed."""
         known = self._known.setdefault(status.target.capture_uid, {})
-        closed = False
+        news = False
         for interface in status.interfaces:
             for file in interface.files:
                 earlier = known.get(file.name)
-                closed |= not file.open and (earlier is None or earlier.status.open)
+                news |= earlier is None or earlier.status.open != file.open
                 known[file.name] = _Known(file, status.target)
-        return closed
+        return news
 
     async def files(self, capture_uid: str) -> list[PacketCaptureFile]:
         """The capture's files, by name. One whose writer died is listed once its record is written."""

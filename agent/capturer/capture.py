@@ -186,9 +186,11 @@ class InterfaceCapture:
         wanted = self._flush_wanted
         if wanted > self.flushed or (self._unflushed and now >= self._last_flush + _FLUSH_SECONDS):
             self._flush()
+            first = self._packets > 0 and not self.status.packets
             self._publish(State.CAPTURING)
-            if wanted > self.flushed:
-                self.flushed = wanted
+            answered = wanted > self.flushed
+            self.flushed = wanted
+            if first or answered:
                 self._on_change()
         if now >= self._rotation_due():
             self._rotate()

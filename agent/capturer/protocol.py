@@ -181,7 +181,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Changed:
-    """Sent unasked: the target's state changed, or a file was closed and the next one begun."""
+    """Sent unasked: the target's state changed, its first packet came, or a file was closed and the next one begun."""
 
     target: TargetStatus
 

@@ -132,5 +132,6 @@ def main() -> None:
         captures = open_captures(settings.directory)
         listener = listen(settings.socket)
     except (SettingsError, OSError) as error:
-        sys.exit(f"capturer: {error}")
+        sys.stderr.write(f"capturer: {error}\n")
+        sys.exit(2)
     Supervisor(listener, captures=captures, settings=settings).run()

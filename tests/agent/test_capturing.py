@@ -93,8 +93,9 @@ async def test_an_agent_that_was_restarted_takes_up_what_runs(
     await eventually(lambda: client.state(target.id) is State.CAPTURING)
     other = Client(capturer.directory / "capturer.sock")
     task = asyncio.create_task(other.capturer.run())
-    other.capturer.want({target.id: target})
     await other.capturer.known()
+    await other.capturer.refresh()  # until it knows what it wants it stops nothing
+    other.capturer.want({target.id: target})
     assert [run.started for run in other.capturer.running()] == [run.started for run in client.capturer.running()]
     await other.capturer.refresh([target.id], flush=True)
     assert client.ended == other.ended == []

@@ -28,6 +28,8 @@ from agent.capturer.protocol import (
 )
 
 PORT = 9999
+HEADERS = 14 + 20 + 8
+"""Bytes before the payload of a UDP datagram: Ethernet, IPv4, UDP."""
 HOST = Path(f"/proc/{os.getpid()}/ns/net")
 """The node of these tests is this process."""
 
@@ -40,7 +42,7 @@ def run(*command: str) -> None:
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pod:
     """A pod with `eth0`, and a peer that reaches it over a veth pair."""
 
@@ -50,6 +52,13 @@ class Pod:
     peer: str
     process: subprocess.Popen[bytes]
     cgroup: Path
+
+    def become(self, uid: str) -> None:
+        """Take the UID that kube-apiserver gave: kubelet would only now make the cgroup."""
+        self.uid = uid
+        self.cgroup = self.cgroup.with_name(f"pod{uid}")
+        self.cgroup.mkdir()
+        (self.cgroup / "cgroup.procs").write_text(str(self.process.pid))
 
     def in_pod(self, function: Callable[[], T]) -> T:
         return in_namespace(self.namespace, function)
@@ -103,8 +112,7 @@ def make_pod(*, address: str = "10.201.0.2", peer_address: str = "10.201.0.1") -
         undo.callback(process.wait)
         undo.callback(process.kill)
         cgroup.mkdir(parents=True)
-        for level in (cgroup.parents[2], cgroup.parents[1], cgroup.parents[0], cgroup):
-            undo.callback(_remove_cgroup, level)
+        undo.callback(_remove_cgroups, cgroup.parents[2])
         (cgroup / "cgroup.procs").write_text(str(process.pid))
         undo.callback((cgroup.parents[3] / "cgroup.procs").write_text, str(process.pid))
         eventually(lambda: os.stat(f"/proc/{process.pid}/ns/net").st_ino == os.stat(f"/run/netns/{namespace}").st_ino)
@@ -114,6 +122,11 @@ def make_pod(*, address: str = "10.201.0.2", peer_address: str = "10.201.0.1") -
 def _cgroup_root() -> Path:
     unified = Path("/sys/fs/cgroup/unified")
     return unified if unified.exists() else Path("/sys/fs/cgroup")
+
+
+def _remove_cgroups(top: Path) -> None:
+    for directory, _, _ in os.walk(top, topdown=False):
+        _remove_cgroup(Path(directory))
 
 
 def _remove_cgroup(path: Path) -> None:

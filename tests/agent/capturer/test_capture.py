@@ -11,9 +11,7 @@ import pytest
 from scapy.utils import RawPcapReader
 
 from agent.capturer.protocol import State, TargetStatus
-from tests.agent.world import PORT, Capturer, Pod, eventually, make_pod, run, send
-
-UDP_PAYLOAD = 14 + 20 + 8
+from tests.agent.world import HEADERS, PORT, Capturer, Pod, eventually, make_pod, run, send
 
 
 def packets_in(path: Path) -> int:
@@ -26,7 +24,7 @@ def packets_in(path: Path) -> int:
 def payloads_in(path: Path) -> list[int]:
     """The numbers that `send` gave to the datagrams."""
     with RawPcapReader(str(path)) as reader:
-        return [int.from_bytes(packet[UDP_PAYLOAD : UDP_PAYLOAD + 8], "big") for packet, _ in reader]
+        return [int.from_bytes(packet[HEADERS : HEADERS + 8], "big") for packet, _ in reader]
 
 
 def test_every_packet_is_in_the_file_and_counted(pod: Pod, capturer: Capturer) -> None:
@@ -159,7 +157,7 @@ def test_a_snap_length_cuts_packets_and_keeps_their_length(pod: Pod, capturer: C
     capturer.stop(target)
     with RawPcapReader(str(capturer.files(target)[0])) as reader:
         ((packet, metadata),) = reader
-    assert (len(packet), metadata.wirelen) == (60, UDP_PAYLOAD + 1000)
+    assert (len(packet), metadata.wirelen) == (60, HEADERS + 1000)
 
 
 def test_the_loopback_is_captured_on_request(pod: Pod, capturer: Capturer) -> None:
