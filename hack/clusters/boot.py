@@ -16,7 +16,7 @@ def main(cluster: str, name: str) -> None:
         server.run(machine)
     else:
         node.run(machine)
-    machine.reap()
+    machine.stay()
 
 
 if __name__ == "__main__":

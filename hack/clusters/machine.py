@@ -65,23 +65,26 @@ class Machine:
         self._running[process.pid] = name
 
     def wait(self, ready: Callable[[], bool]) -> None:
-        """Wait without end: `up` is who loses patience, and it says with what."""
+        """Wait without end: `up` is who loses patience, or sees which program has ended meanwhile."""
         while not ready():
+            self._reap(os.WNOHANG)
             time.sleep(0.05)
 
-    def reap(self) -> NoReturn:
-        """Be PID 1: reap orphans, never end, and write down which of the programs has ended."""
+    def stay(self) -> NoReturn:
+        """Be PID 1 for ever: reap what is orphaned, and write down which of the programs has ended."""
         while True:
-            try:
-                pid, status = os.wait()
-            except ChildProcessError:
-                time.sleep(1)
-                continue
-            if program := self._running.pop(pid, None):
-                code = os.waitstatus_to_exitcode(status)
-                with (self.files / ENDED).open("a") as file:
-                    file.write(f"{program}\n")
-                print(f"{program} ended with {code}", file=sys.stderr, flush=True)
+            self._reap(0)
+
+    def _reap(self, options: int) -> None:
+        try:
+            pid, status = os.waitpid(-1, options)
+        except ChildProcessError:
+            time.sleep(1)
+            return
+        if program := self._running.pop(pid, None):
+            with (self.files / ENDED).open("a") as file:
+                file.write(f"{program}\n")
+            print(f"{program} ended with {os.waitstatus_to_exitcode(status)}", file=sys.stderr, flush=True)
 
 
 def ended(cluster: Cluster) -> list[tuple[str, str]]:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from hack.clusters import keeper, lifecycle
+from hack.clusters import binaries, keeper, lifecycle
 from hack.clusters.api import Api
 from hack.clusters.cluster import Cluster
+from hack.clusters.failure import Failure
 
 PATIENCE = 30
 
@@ -103,3 +104,19 @@ def test_a_node_alone_may_die_and_status_says_so(machine: Cluster, capsys: pytes
     assert Api(machine.kubeconfig).ready()
     lifecycle.down(machine.name)
     assert left_by(machine) == []
+
+
+def test_a_program_that_does_not_start_is_named_with_the_end_of_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    etcd = tmp_path / "etcd"
+    version = binaries.pinned_version("etcd")
+    etcd.write_text(f"#!/bin/sh\n[ $1 = --version ] && echo 'etcd Version: {version}' && exit\necho no luck\nexit 3\n")
+    etcd.chmod(0o755)
+    monkeypatch.setenv("KUBEBUILDER_ASSETS", str(tmp_path))
+    with pytest.raises(Failure, match="etcd ended") as failed:
+        lifecycle.up("e2e-broken")
+    assert "no luck" in str(failed.value)
+    assert "control-plane.etcd.log" in str(failed.value)
+    assert not lifecycle.running("e2e-broken")
+    assert not list(Path("/sys/fs/cgroup").glob("*/kubepcap-e2e-broken"))
