@@ -215,7 +215,7 @@ def main() -> None:
         finally:
             if not keep and not was_up:
                 lifecycle.down(name)
-    except Failure as failure:
+    except (Failure, subprocess.SubprocessError) as failure:
         sys.exit(f"\nhack/demo: {failure}")
     print(how_to_go_on(cluster, up=keep or was_up))
 

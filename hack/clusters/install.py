@@ -3,8 +3,10 @@
 import json
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from hack.clusters.binaries import HACK
 from hack.clusters.cluster import Cluster
@@ -53,10 +55,9 @@ def restart_stale(kubectl: Kubectl, images: Mapping[str, Descriptor]) -> None:
     """Restart what runs an older image: the tag is the same, so Kubernetes can't know."""
     wanted = {reference: store().manifest(descriptor)["config"]["digest"] for reference, descriptor in images.items()}
     stale = set()
-    for pod in kubectl.json("get", "pods", f"--namespace={NAMESPACE}")["items"]:
-        for container in pod["status"].get("containerStatuses", ()):
-            if container["imageID"] and container["imageID"] != wanted.get(container["image"], container["imageID"]):
-                stale.add(pod["metadata"]["labels"]["app.kubernetes.io/component"])
+    for pod, container in _containers(kubectl):
+        if container["imageID"] and container["imageID"] != wanted.get(container["image"], container["imageID"]):
+            stale.add(pod["metadata"]["labels"]["app.kubernetes.io/component"])
     for component in sorted(stale):
         label = f"--selector=app.kubernetes.io/component={component}"
         kubectl("rollout", "restart", "deployments,daemonsets", f"--namespace={NAMESPACE}", label)
@@ -65,13 +66,14 @@ def restart_stale(kubectl: Kubectl, images: Mapping[str, Descriptor]) -> None:
 def wait_until_ready(kubectl: Kubectl) -> None:
     """Wait until the kinds are established, every pod is ready, the API is available and the webhook answers."""
     deadline = time.monotonic() + PATIENCE
+    restarts = _restarts(kubectl)
     crds = ["packetcaptures.kubepcap.io", "capturepolicies.kubepcap.io", "capturenodes.kubepcap.io"]
     kubectl("wait", "crd", *crds, "--for=condition=Established", "--timeout=60s")
     namespace = f"--namespace={NAMESPACE}"
     for workload in kubectl("get", "deployments,daemonsets", namespace, "--output=name").stdout.split():
         status = ["rollout", "status", workload, namespace, "--timeout=5s"]
         while (done := kubectl(*status, check=False)).returncode != 0:
-            crashes = _crashes(kubectl)
+            crashes = _crashes(kubectl, restarts)
             if crashes or time.monotonic() > deadline:
                 pods = kubectl("get", "pods", namespace, "--output=wide").stdout
                 said = done.stderr.strip()
@@ -94,16 +96,28 @@ def _poll(what: str, deadline: float, objection: Callable[[], str | None]) -> No
         time.sleep(0.2)
 
 
-def _crashes(kubectl: Kubectl) -> str:
-    """What the containers said that ended again and again; empty when there is none."""
-    said = []
+def _containers(kubectl: Kubectl) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Every container's status, with its pod; pods that are being replaced are not counted any more."""
     for pod in kubectl.json("get", "pods", f"--namespace={NAMESPACE}")["items"]:
-        for container in pod["status"].get("containerStatuses", ()):
-            if container["restartCount"] >= CRASHES and not container["ready"]:
-                name, which = pod["metadata"]["name"], container["name"]
-                logs = ["logs", name, f"--namespace={NAMESPACE}", f"--container={which}", "--previous", "--tail=10"]
-                said.append(f"{name} {which} ended {container['restartCount']} times; at last it said:")
-                said.append(kubectl(*logs, check=False).stdout)
+        if "deletionTimestamp" not in pod["metadata"]:
+            for container in pod["status"].get("containerStatuses", ()):
+                yield pod, container
+
+
+def _restarts(kubectl: Kubectl) -> Counter[tuple[str, str]]:
+    return Counter(
+        {(pod["metadata"]["name"], each["name"]): each["restartCount"] for pod, each in _containers(kubectl)}
+    )
+
+
+def _crashes(kubectl: Kubectl, before: Counter[tuple[str, str]]) -> str:
+    """What the containers said that ended again and again since `before`; empty when there is none."""
+    said = []
+    for (pod, container), count in (_restarts(kubectl) - before).items():
+        if count >= CRASHES:
+            logs = ["logs", pod, f"--namespace={NAMESPACE}", f"--container={container}", "--previous", "--tail=10"]
+            said.append(f"{pod} {container} ended {count} times; at last it said:")
+            said.append(kubectl(*logs, check=False).stdout)
     return "\n".join(said)
 
 

@@ -83,10 +83,6 @@ def status(name: str) -> bool:
     return ready and nodes == set(cluster.nodes) == set(processes) - {CONTROL_PLANE} and not fallen
 
 
-def _said(ready: bool) -> str:
-    return "ready" if ready else "NOT ready"
-
-
 def running(name: str) -> bool:
     try:
         running_cluster(name)
@@ -101,6 +97,18 @@ def running_cluster(name: str) -> Cluster:
     if keeper.alive(cluster, "keeper") is None or not keeper.processes(cluster):
         raise Failure(f"cluster {name} has ended; start it with: hack/cluster --name {name} up")
     return cluster
+
+
+@contextlib.contextmanager
+def phase(what: str) -> Iterator[None]:
+    """Say in one line what was done and how long it took."""
+    start = time.monotonic()
+    yield
+    print(f"{time.monotonic() - start:6.1f} s  {what}", flush=True)
+
+
+def _said(ready: bool) -> str:
+    return "ready" if ready else "NOT ready"
 
 
 def _start(cluster: Cluster) -> None:
@@ -159,7 +167,7 @@ def _end(cluster: Cluster) -> None:
 
 def _clear(name: str) -> None:
     """Make room for a new start; a cluster that died with the machine is swept up first."""
-    with contextlib.suppress(Failure):
+    if (state_directory(name) / "cluster.json").exists():
         _end(Cluster.load(name))
     shutil.rmtree(state_directory(name), ignore_errors=True)
     (state_directory(name) / "log").mkdir(parents=True)
@@ -173,13 +181,6 @@ def _exclusively(name: str) -> Iterator[None]:
     with (directory / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-@contextlib.contextmanager
-def phase(what: str) -> Iterator[None]:
-    start = time.monotonic()
-    yield
-    print(f"{time.monotonic() - start:6.1f} s  {what}", flush=True)
 
 
 def _write_pause_image(cluster: Cluster) -> None:
