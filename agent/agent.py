@@ -120,7 +120,8 @@ class Agent:
                 await asyncio.Event().wait()
             except asyncio.CancelledError:
                 planning.cancel()
-                await self._say_farewell()
+                # A task of its own: before Python 3.11.4 a timeout does not work in a task that was cancelled.
+                await tasks.create_task(self._say_farewell(), name="farewell")
                 raise
 
     async def _reconcile(self) -> NoReturn:

@@ -338,3 +338,15 @@ async def test_an_agent_that_ends_leaves_finished_files_with_their_hashes(cluste
     await cluster.send(1)
     await eventually(lambda: cluster.reported(uid))
     await cluster.reported_as(uid, "Capturing")
+
+
+async def test_a_pod_that_ends_as_a_whole_leaves_finished_files_too(cluster: World) -> None:
+    await cluster.create_pod(labels={"app": "web"})
+    uid = await cluster.create_capture("c")
+    await cluster.reported_as(uid, "WaitingForTraffic", "NoPacketYet")
+    await cluster.send(7)
+    cluster.capturer.process.terminate()  # kubelet ends both containers at once
+    assert await cluster.stop_agent() == 0
+    (record,) = (cluster.capturer.captures / uid).glob("*.json")
+    written = json.loads(record.read_text())
+    assert (written["packets"], written["recovered"], len(written["sha256"])) == (7, False, 64)
