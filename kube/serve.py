@@ -67,8 +67,13 @@ async def listening(
     finally:
         if on_drain is not None:
             on_drain()
-        await asyncio.sleep(drain)
-        await runner.cleanup()
+        # A task of its own: this one was cancelled, and then timeouts don't work before Python 3.11.3.
+        await asyncio.create_task(_drained(runner, drain), name="draining")
+
+
+async def _drained(runner: web.AppRunner, seconds: float) -> None:
+    await asyncio.sleep(seconds)
+    await runner.cleanup()
 
 
 def health(checks: Mapping[str, Check]) -> web.Application:
