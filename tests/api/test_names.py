@@ -66,3 +66,18 @@ def test_times_are_written_with_nanoseconds() -> None:
 )
 def test_nodes_are_dns_subdomains(text: str, valid: bool) -> None:
     assert names.is_dns_subdomain(text) is valid
+
+
+@pytest.mark.parametrize(
+    ("text", "valid"),
+    [
+        ("a" * 16, True),
+        ("a1" * 31, True),
+        ("a" * 15, False),
+        ("a" * 64, False),
+        ("A" * 16, False),
+        ("../" + "a" * 16, False),
+    ],
+)
+def test_the_webhooks_path_is_long_and_a_dns_label(text: str, valid: bool) -> None:
+    assert names.is_webhook_path(text) is valid

@@ -105,3 +105,19 @@ def test_what_is_given_as_extra_becomes_fields_of_the_log_line() -> None:
     record = logging.makeLogRecord({"name": "n", "levelname": "INFO", "msg": "took %s", "args": (3,), "user": "u"})
     line = json.loads(serve.JsonFormatter("p").format(record))
     assert (line["message"], line["user"], line["level"], line["program"]) == ("took 3", "u", "info", "p")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [(None, 8443), ("", 8443), ("1", 1), ("65535", 65535), ("0", None), ("65536", None), ("x", None)],
+)
+def test_a_number_from_the_environment_is_within_its_bounds(
+    monkeypatch: pytest.MonkeyPatch, text: str | None, number: int | None
+) -> None:
+    if text is not None:
+        monkeypatch.setenv("PORT", text)
+    if number is None:
+        with pytest.raises(serve.SettingsError, match="PORT"):
+            serve.number("PORT", default=8443, low=1, high=65535)
+    else:
+        assert serve.number("PORT", default=8443, low=1, high=65535) == number
