@@ -147,25 +147,29 @@ def _build(module: Module, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as place:
         output = Path(place) / "bin"
         output.mkdir()
-        command = [str(go), "build", "-mod=readonly", "-trimpath", "-buildvcs=false", "-ldflags", module.linker_flags()]
+        command: list[str | Path] = [
+            go,
+            "build",
+            "-mod=readonly",
+            "-trimpath",
+            "-buildvcs=false",
+            "-ldflags",
+            module.linker_flags(),
+        ]
         environment = os.environ | {"CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOFLAGS": "", "GOWORK": "off"}
-        with log.open("wb") as lines:
-            done = subprocess.run(
-                [*command, "-o", f"{output}/", *module.programs.values()],
-                cwd=module.directory,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=lines,
-                stderr=subprocess.STDOUT,
-                check=False,
-            )
-        if done.returncode != 0:
-            raise Failure(f"could not build {', '.join(module.programs)}", log=log)
-        if (output / "server").exists():
-            (output / "server").rename(output / "etcd")  # Go names a program after its import path
-        missing = [program for program in module.programs if not (output / program).exists()]
-        if missing:
-            raise Failure(f"go built no {', '.join(missing)} from {module.directory}", log=log)
+        for program, package in module.programs.items():
+            with log.open("wb") as lines:
+                done = subprocess.run(
+                    [*command, "-o", output / program, package],
+                    cwd=module.directory,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=lines,
+                    stderr=subprocess.STDOUT,
+                    check=False,
+                )
+            if done.returncode != 0:
+                raise Failure(f"could not build {program}", log=log)
         output.rename(target)
 
 
