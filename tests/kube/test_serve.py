@@ -52,7 +52,7 @@ async def test_requests_under_way_end_and_new_ones_are_taken_while_draining() ->
 
     async with (
         asyncio.TaskGroup() as tasks,
-        serve.listening(app, port=0, host="127.0.0.1", drain=0.2, on_drain=draining.set) as port,
+        serve.listening(app, port=0, host="127.0.0.1", drain=1.0, on_drain=draining.set) as port,
     ):
         under_way = tasks.create_task(fetch(port, "/slow"), name="request under way")
         late = tasks.create_task(ask_while_draining(port), name="request while draining")
