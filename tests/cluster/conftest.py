@@ -21,8 +21,21 @@ def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BareCont
 @pytest.fixture(scope="session")
 def crds(control_plane: BareControlPlane) -> BareControlPlane:
     """The same control plane, knowing our kinds."""
-    kubectl = [str(control_plane.kubectl), f"--kubeconfig={control_plane.kubeconfig}"]
+    teach(control_plane)
+    return control_plane
+
+
+def teach(plane: BareControlPlane) -> None:
+    """Let a control plane know our kinds."""
+    kubectl = [str(plane.kubectl), f"--kubeconfig={plane.kubeconfig}"]
     subprocess.run([*kubectl, "apply", f"--filename={CRDS}"], check=True, capture_output=True)
     established = ["wait", "--for=condition=Established", f"--filename={CRDS}", "--timeout=30s"]
     subprocess.run([*kubectl, *established], check=True, capture_output=True)
-    return control_plane
+
+
+@pytest.fixture(scope="module")
+def guarded_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BareControlPlane]:
+    """A control plane of a module's own that knows our kinds: what it enforces is in no other test's way."""
+    with bare_control_plane(tmp_path_factory.mktemp("guarded-plane")) as plane:
+        teach(plane)
+        yield plane

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,13 +19,13 @@ Kubectl = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="module")
-def kubectl(crds: BareControlPlane) -> Iterator[Kubectl]:
+def kubectl(guarded_plane: BareControlPlane) -> Kubectl:
     """kubectl as a cluster administrator, or as another user who may do anything that RBAC can allow."""
 
     def run(
         *arguments: str, user: str = "", node: str = "", given: object = None
     ) -> "subprocess.CompletedProcess[str]":
-        command = [str(crds.kubectl), f"--kubeconfig={crds.kubeconfig}", *arguments]
+        command = [str(guarded_plane.kubectl), f"--kubeconfig={guarded_plane.kubeconfig}", *arguments]
         if user:
             command += [f"--as={user}", "--as-group=system:masters"]
         if node:
@@ -35,19 +35,36 @@ def kubectl(crds: BareControlPlane) -> Iterator[Kubectl]:
 
     applied = run("apply", f"--filename={MANIFESTS / 'admissionpolicies.yaml'}")
     assert applied.returncode == 0, applied.stderr
+    assert run("apply", "--filename=-", given=capture("guarded")).returncode == 0
     _until_enforced(run)
-    yield run
-    run("delete", f"--filename={MANIFESTS / 'admissionpolicies.yaml'}")
+    return run
 
 
 def capture_node(name: str) -> dict[str, object]:
     return {"apiVersion": "kubepcap.io/v1", "kind": "CaptureNode", "metadata": {"name": name}}
 
 
+def capture(name: str) -> dict[str, object]:
+    return {
+        "apiVersion": "kubepcap.io/v1",
+        "kind": "PacketCapture",
+        "metadata": {"name": name, "namespace": "default"},
+        "spec": {"selector": "has(a)"},
+    }
+
+
+def status_patch(name: str) -> tuple[str, ...]:
+    return ("patch", f"packetcapture/{name}", "--subresource=status", "--type=merge", '--patch={"status":{"pods":1}}')
+
+
 def _until_enforced(run: Kubectl) -> None:
-    """kube-apiserver takes a moment to compile policies; until then nothing is refused."""
+    """kube-apiserver takes a moment to compile policies, each for itself; until then nothing is refused."""
     deadline = time.monotonic() + 30
-    while run("apply", "--dry-run=server", "--filename=-", given=capture_node("probe"), user=AGENT).returncode == 0:
+    applying = ("apply", "--dry-run=server", "--filename=-")
+    while (
+        run(*applying, given=capture_node("probe"), user=AGENT).returncode == 0
+        or run(*status_patch("guarded"), "--dry-run=server").returncode == 0
+    ):
         assert time.monotonic() < deadline, "the policies are not enforced"
         time.sleep(0.1)
 
@@ -88,14 +105,7 @@ def test_an_agent_deletes_nothing(kubectl: Kubectl, what: Sequence[str]) -> None
 
 
 def test_the_controller_alone_writes_the_status_of_captures(kubectl: Kubectl) -> None:
-    capture = {
-        "apiVersion": "kubepcap.io/v1",
-        "kind": "PacketCapture",
-        "metadata": {"name": "guarded", "namespace": "default"},
-        "spec": {"selector": "has(a)"},
-    }
-    assert kubectl("apply", "--filename=-", given=capture).returncode == 0
-    patch = ("patch", "packetcapture/guarded", "--subresource=status", "--type=merge", '--patch={"status":{"pods":1}}')
+    patch = status_patch("guarded")
     for user in ("", AGENT, "alice"):
         assert refused(kubectl(*patch, user=user), "the status of a capture is written by kubepcap's controller alone")
     assert kubectl(*patch, user=CONTROLLER).returncode == 0
