@@ -27,6 +27,7 @@ _BUFFER_BYTES: Final = 256 << 10
 _FLUSH_SECONDS: Final = 1.0
 _DRAIN_SECONDS: Final = 1.0
 _DRAIN_POLL_SECONDS: Final = 0.005
+_HANDOVER_MARGIN_SECONDS: Final = 0.02
 _FILE_MODE: Final = 0o640
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,15 @@ class _File:
     flushed_last_batch: int = FILE_HEADER_BYTES
 
 
+@dataclass(frozen=True, slots=True)
+class _FlushRequest:
+    """A flush that waits for what the kernel had received when it was asked for, though not for ever."""
+
+    number: int
+    packets: int
+    until: float
+
+
 class InterfaceCapture:
     """Captures one open handle into files of one directory until told to stop, or until either breaks."""
 
@@ -84,6 +94,7 @@ class InterfaceCapture:
         self._wake_open = True
         self._stopping = False
         self._flush_wanted = 0
+        self._flush_request: _FlushRequest | None = None
         self._last_flush = float("-inf")
         self._unflushed = False
         self._packets = 0
@@ -183,20 +194,40 @@ class InterfaceCapture:
     def _keep_time(self) -> None:
         """Flush and rotate by age when due."""
         now = time.monotonic()
-        wanted = self._flush_wanted
-        if wanted > self.flushed or (self._unflushed and now >= self._last_flush + _FLUSH_SECONDS):
+        answered = self._answerable_flush(now)
+        if answered is not None or (self._unflushed and now >= self._last_flush + _FLUSH_SECONDS):
             self._flush()
             first = self._packets > 0 and not self.status.packets
             self._publish(State.CAPTURING)
-            answered = wanted > self.flushed
-            self.flushed = wanted
-            if first or answered:
+            if answered is not None:
+                self.flushed = answered
+                self._flush_request = None
+            if first or answered is not None:
                 self._on_change()
         if now >= self._rotation_due():
             self._rotate()
 
+    def _answerable_flush(self, now: float) -> int | None:
+        """The number of the flush that was asked for, once what the kernel held back then has been written.
+
+        The kernel hands a block over at the second tick of its timer at the latest. Of the packets that came before the
+        filter was set some were not let through, and are waited for until then.
+        """
+        if self._flush_request is None:
+            if self._flush_wanted <= self.flushed:
+                return None
+            received, dropped = self._handle.statistics()
+            until = now + 2 * self._handle.timeout_milliseconds / 1000 + _HANDOVER_MARGIN_SECONDS
+            self._flush_request = _FlushRequest(self._flush_wanted, received - dropped, until)
+        request = self._flush_request
+        return request.number if self._packets >= request.packets or now >= request.until else None
+
     def _milliseconds_to_wait(self) -> float | None:
         due = min(self._last_flush + _FLUSH_SECONDS if self._unflushed else float("inf"), self._rotation_due())
+        if self._flush_request is not None:
+            due = min(due, self._flush_request.until)
+        elif self._flush_wanted > self.flushed:
+            return 0  # asked for while another one was answered
         if due == float("inf"):
             return None
         return max(0.0, due - time.monotonic()) * 1000 + 1
@@ -212,7 +243,7 @@ class InterfaceCapture:
         It hands that over in time also when the interface has gone, though libpcap then fails until it does.
         """
         self._handle.close_gate()
-        shortest = time.monotonic() + self._handle.timeout_milliseconds / 1000 + 0.02
+        shortest = time.monotonic() + self._handle.timeout_milliseconds / 1000 + _HANDOVER_MARGIN_SECONDS
         longest = shortest + _DRAIN_SECONDS
         while True:
             with contextlib.suppress(PcapError):

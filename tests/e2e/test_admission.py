@@ -12,6 +12,8 @@ from tests.e2e.captures import Capture, capturing, manifest, refused, until
 
 CONFIGURATIONS = Path(__file__).parents[2] / "manifests" / "webhookconfigurations.yaml"
 NGINX = 'app == "nginx"'
+RBAC = "rbac.authorization.k8s.io/v1"
+UNGOVERNED = {"name": "without-policy", "namespace": "hipstershop"}
 
 
 @pytest.mark.parametrize(
@@ -48,11 +50,18 @@ def test_what_may_not_be_captured_is_refused_in_one_sentence_also_on_dry_run(
 
 
 def test_who_may_use_no_policy_is_refused(kubectl: Kubectl) -> None:
-    role = ("create", "rolebinding", "ungoverned", "--namespace=hipstershop", "--user=ungoverned")
-    kubectl(
-        "create", "role", "captures", "--namespace=hipstershop", "--verb=*", "--resource=packetcaptures.kubepcap.io"
-    )
-    kubectl(*role, "--role=captures")
+    # Captures, but `use` of no policy.
+    rules = [{"apiGroups": ["kubepcap.io"], "resources": ["packetcaptures"], "verbs": ["*"]}]
+    role = {"apiVersion": RBAC, "kind": "Role", "metadata": UNGOVERNED, "rules": rules}
+    binding = {
+        "apiVersion": RBAC,
+        "kind": "RoleBinding",
+        "metadata": UNGOVERNED,
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": UNGOVERNED["name"]},
+        "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": "ungoverned"}],
+    }
+    for item in (role, binding):
+        kubectl("apply", "--filename=-", input=json.dumps(item))
     given = manifest("refused", "hipstershop", selector='app == "frontend"')
     for dry_run in ("none", "server"):
         said = refused(kubectl, "apply", f"--dry-run={dry_run}", "--filename=-", user="ungoverned", given=given)

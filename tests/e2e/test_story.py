@@ -29,8 +29,7 @@ def nginx_pcap(kubectl: Kubectl, examples: Path) -> Iterator[Capture]:
 
 
 def curl(kubectl: Kubectl, url: str, *, client: str = "netshoot", times: int = 1) -> None:
-    """Ask, and wait until the kernel has handed over what it held back to fill a block (50 ms)."""
-    loop = f"for i in $(seq {times}); do curl -sS -o /dev/null -m 5 {url}; done; sleep 0.2"
+    loop = f"for i in $(seq {times}); do curl -sS -o /dev/null -m 5 {url}; done"
     kubectl("exec", "--namespace=dev", client, "--", "sh", "-c", loop)
 
 
