@@ -25,6 +25,7 @@ def settings() -> Settings:
         limits=Limits(
             used=number("MAX_USED_BYTES", default=10 * _GIGABYTE, high=1 << 50),
             free=number("MIN_FREE_BYTES", default=1 * _GIGABYTE, high=1 << 50),
+            free_percent=number("MIN_FREE_PERCENT", default=12, high=90),
         ),
         intervals=Intervals(
             counters=number("COUNTERS_SECONDS", default=10, low=1, high=3600),

@@ -12,10 +12,18 @@ from api.capturenode import Disk
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bytes that all capture files of the node may take, and bytes of the file system that must stay free."""
+    """Bytes that all capture files of the node may take; and what must stay free of the file system.
+
+    `free` in bytes, `free_percent` of its size: the larger of the two counts. kubelet evicts pods when less than 10 %
+    are free, so the percentage is to be above that.
+    """
 
     used: int
     free: int
+    free_percent: int = 0
+
+    def floor(self, disk: Disk) -> int:
+        return max(self.free, disk.capacity * self.free_percent // 100)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +47,11 @@ def measure(directory: Path, files: Sequence[StoredFile]) -> Disk:
 def decide(disk: Disk, files: Sequence[StoredFile], limits: Limits, *, paused: bool) -> Decision:
     """Finished files go, the oldest first (`files` are in that order), until both limits are kept.
 
-    Files that are being written stay. A pause ends only when an eighth more than the floor is free, so that it does not
-    come and go.
+    Files that are being written stay: when they are too much, captures pause. A pause ends only when there is an eighth
+    of the limit to spare, so that it does not come and go.
     """
-    excess = max(disk.used - limits.used, limits.free - disk.free)
+    floor = limits.floor(disk)
+    excess = max(disk.used - limits.used, floor - disk.free)
     remove: list[StoredFile] = []
     for file in files:
         if excess <= 0:
@@ -50,12 +59,16 @@ def decide(disk: Disk, files: Sequence[StoredFile], limits: Limits, *, paused: b
         if file.finished:
             remove.append(file)
             excess -= file.size
-    free = disk.free + sum(file.size for file in remove)
-    floor = limits.free + limits.free // 8 if paused else limits.free
-    if free < floor:
-        message = f"{_size(free)} are free on the node's disk and {_size(floor)} must be: captures pause until they are"
-        return Decision(tuple(remove), Verdict("Error", "DiskPressure", message))
-    return Decision(tuple(remove), None)
+    removed = sum(file.size for file in remove)
+    used, free = disk.used - removed, disk.free + removed
+    most, least = (limits.used - limits.used // 8, floor + floor // 8) if paused else (limits.used, floor)
+    if free < least:
+        message = f"{_size(free)} are free on the node's disk and {_size(least)} must be: captures pause until they are"
+    elif used > most:
+        message = f"capture files take {_size(used)} of the node's disk, more than {_size(most)}: captures pause"
+    else:
+        return Decision(tuple(remove), None)
+    return Decision(tuple(remove), Verdict("Error", "DiskPressure", message))
 
 
 def _size(number: int) -> str:

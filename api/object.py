@@ -41,13 +41,6 @@ class Model(BaseModel):
         return self.model_dump(mode="json", exclude_none=True)
 
 
-class OwnerReference(Model):
-    api_version: str
-    kind: str
-    name: str
-    uid: str
-
-
 class ObjectMeta(Model):
     """Those fields of `metav1.ObjectMeta` that decisions need."""
 

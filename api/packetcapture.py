@@ -14,7 +14,6 @@ RECORD_OVERHEAD = 40
 """Bytes that a pcap file with one packet needs beside it: the file's header (24) and the record's (16)."""
 
 Phase = Literal["Scheduled", "WaitingForTraffic", "Capturing", "Finished", "Error"]
-PHASES: tuple[Phase, ...] = get_args(Phase)
 
 Protocol = Literal["TCP", "UDP", "ICMP", "ICMPv6", "SCTP", "UDPLite"]
 _PROTOCOLS: dict[str, str] = {name.lower(): name for name in get_args(Protocol)}

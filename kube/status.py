@@ -113,10 +113,6 @@ def method_not_allowed(message: str) -> StatusError:
     return StatusError(405, message)
 
 
-def conflict(message: str) -> StatusError:
-    return StatusError(409, message)
-
-
 def gone(message: str) -> StatusError:
     return StatusError(410, message)
 
@@ -131,10 +127,6 @@ def internal_error(message: str) -> StatusError:
 
 def service_unavailable(message: str, *, retry_after: int | None = None) -> StatusError:
     return StatusError(503, message, retry_after=retry_after)
-
-
-def gateway_timeout(message: str) -> StatusError:
-    return StatusError(504, message)
 
 
 def _phrase(code: int) -> str:

@@ -46,6 +46,22 @@ def test_when_that_is_not_enough_captures_pause_and_say_so() -> None:
     assert made.paused.reason == "DiskPressure"
 
 
+def test_files_that_are_being_written_count_against_the_nodes_limit() -> None:
+    made = decision(used_limit=50)
+    assert names(made) == ["oldest", "newer", "newest"]
+    assert made.paused is not None
+    assert made.paused.reason == "DiskPressure"
+    assert decision(used_limit=110, paused=True).paused is not None, "100 are left, and an eighth is not to spare"
+    assert decision(used_limit=120, paused=True).paused is None
+
+
+def test_the_floor_is_a_share_of_the_file_system_too() -> None:
+    disk = Disk(capacity=1000, free=140, used=0)
+    made = decide(disk, [], Limits(used=100, free=10, free_percent=15), paused=False)
+    assert made.paused is not None
+    assert decide(disk, [], Limits(used=100, free=10, free_percent=14), paused=False).paused is None
+
+
 def test_a_pause_ends_only_when_there_is_some_more_room() -> None:
     assert decision(free_limit=8000, free=8500, paused=True).paused is not None
     assert decision(free_limit=8000, free=9000, paused=True).paused is None

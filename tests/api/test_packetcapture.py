@@ -88,3 +88,19 @@ def test_what_is_wrong_is_refused_in_words_that_say_what_to_change(change: dict[
     with pytest.raises(ValidationError) as refusal:
         PacketCaptureSpec.model_validate(SOUND | change)
     assert explain(refusal.value, root="spec") == message
+
+
+@pytest.mark.parametrize(
+    "text", ["tcp or host 10.0.0.1", "TCP\n", "TCP or 1", "\0", "$(id)", "-w/tmp/x", "٦", "0x6", "256", "-1", " 6"]
+)
+def test_no_words_of_a_users_pass_for_a_protocol(text: str) -> None:
+    with pytest.raises(ValidationError, match="is no protocol"):
+        PacketCaptureSpec.model_validate(SOUND | {"filters": [{"protocol": text}]})
+
+
+@pytest.mark.parametrize(
+    "text", ["80 or net 0.0.0.0/0", "1:2;id", "80\n", "1:2:3", "", ":", "80:", ":80", "8٠", "0x50", "-80", " 80", "1-2"]
+)
+def test_no_words_of_a_users_pass_for_a_port(text: str) -> None:
+    with pytest.raises(ValidationError, match="port"):
+        PacketCaptureSpec.model_validate(SOUND | {"filters": [{"ports": [text]}]})

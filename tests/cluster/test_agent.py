@@ -201,6 +201,7 @@ async def cluster(crds: BareControlPlane, authority: Authority, tmp_path: Path) 
             "PORT": str(port),
             "HEALTH_PORT": str(free_port()),
             "MIN_FREE_BYTES": "0",
+            "MIN_FREE_PERCENT": "0",
             "COUNTERS_SECONDS": "1",
         }
         made = World(client, made_pod, capturer, authority, environment, namespace, port)
@@ -236,6 +237,28 @@ async def test_a_capture_runs_and_its_files_are_served(cluster: World) -> None:
         return await cluster.reported(uid) is None and not (cluster.capturer.captures / uid).exists()
 
     await eventually(gone)
+
+
+async def test_captures_pause_on_a_full_disk_and_go_on_when_there_is_room(cluster: World) -> None:
+    uid = await cluster.create_capture("c")
+    await cluster.create_pod(labels={"app": "web"})
+    await cluster.reported_as(uid, "WaitingForTraffic", "NoPacketYet")
+    await cluster.send(100)
+    await cluster.reported_as(uid, "Capturing", packets=100)
+    await cluster.stop_agent()
+    cluster.environment["MIN_FREE_BYTES"] = str(1 << 50)  # no disk has that
+    await cluster.start_agent()
+    pressed = await cluster.reported_as(uid, "Error", "DiskPressure")
+    assert pressed.pods == 0
+
+    async def emptied() -> bool:
+        return await cluster.files(uid) == []
+
+    await eventually(emptied)
+    await cluster.stop_agent()
+    cluster.environment["MIN_FREE_BYTES"] = "0"
+    await cluster.start_agent()
+    await cluster.reported_as(uid, "WaitingForTraffic", "NoPacketYet")
 
 
 async def test_captures_follow_labels_and_the_opt_out(cluster: World) -> None:

@@ -1,4 +1,7 @@
-"""The commands in README.md and CONTRIBUTING.md work when they are pasted, one after the other."""
+"""The shell commands in README.md and CONTRIBUTING.md work when they are pasted, one after the other.
+
+The README's two commands are `hack/demo`, run by test_demo.py, and `hack/test`, which runs this.
+"""
 
 import os
 import re

@@ -19,9 +19,11 @@ def test_the_dockerfile_is_the_one_that_the_recipe_gives() -> None:
 
 
 def test_docker_may_see_everything_that_the_dockerfile_copies() -> None:
-    seen = {line.removeprefix("!").split("/")[0] for line in (PROJECT / ".dockerignore").read_text().splitlines()}
-    copied = {directory for image in Recipe.load().images.values() for directory in image.copy}
-    assert copied <= seen
+    lines = (PROJECT / ".dockerignore").read_text().splitlines()
+    seen = {line.removeprefix("!") for line in lines if line.startswith("!")}
+    copied = {f"{directory}/**/*.py" for image in Recipe.load().images.values() for directory in image.copy}
+    locks = {base.requirements.lock for image in Recipe.load().images.values() if (base := image.base).requirements}
+    assert copied | locks == seen
 
 
 def test_no_program_runs_as_root_or_carries_another_program() -> None:
