@@ -60,6 +60,7 @@ class Agent:
         self._facts_changed = Signal()
         self._store_changed = Signal()
         self._run_ended = Signal()
+        self._counted = asyncio.Event()
         self._captures = Cache(
             client, PACKETCAPTURES, reconcile.parse_capture, on_change=lambda _: self._plan_changed.set()
         )
@@ -130,6 +131,7 @@ class Agent:
             await cache.synced()
         await self._capturer.known()
         await self._count_recorded()
+        self._counted.set()
         while True:
             now = datetime.now(UTC)
             self._plan = reconcile.plan(
@@ -178,6 +180,7 @@ class Agent:
     async def _keep_store(self) -> NoReturn:
         """Write records, remove what is over a limit or belongs to no capture."""
         await self._captures.synced()
+        await self._counted.wait()  # else packets of files that are recorded meanwhile would count twice
         while True:
             try:
                 await self._store.finish(on_recovered=self._recovered)

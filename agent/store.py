@@ -159,6 +159,8 @@ class Store:
                     continue
                 self._known.pop(capture_uid, None)
                 self._records.pop(capture_uid, None)
+                for key in [key for key in list(self._times) if key[0] == capture_uid]:
+                    self._times.pop(key, None)
                 gone.append(capture_uid)
         return gone
 
@@ -311,7 +313,10 @@ class Store:
             for name in present:
                 with contextlib.suppress(FileNotFoundError):
                     size = (self._directory / capture_uid / name).stat().st_size
-                    finished = self._read_record(capture_uid, name) is not None
+                    known = self._known.get(capture_uid, {}).get(name)
+                    # On a full disk no record can be written, and the file has to go nevertheless.
+                    closed = known is not None and not known.status.open
+                    finished = closed or self._read_record(capture_uid, name) is not None
                     files.append(StoredFile(capture_uid, name, size, finished))
         return sorted(files, key=lambda file: file.name.rsplit("-", 3)[1])
 
@@ -323,7 +328,7 @@ class Store:
         for kept in (self._records.get(capture_uid, {}), self._known.get(capture_uid, {})):
             for name in kept.keys() - present:
                 kept.pop(name, None)
-        for key in [key for key in self._times if key[0] == capture_uid and key[1] not in present]:
+        for key in [key for key in list(self._times) if key[0] == capture_uid and key[1] not in present]:
             self._times.pop(key, None)
 
     def _remove(self, capture_uid: str, name: str) -> None:

@@ -14,7 +14,7 @@ class SelectorRules(Model):
     """Which selectors are allowed."""
 
     allow_empty: bool = False
-    """Whether a capture may select every pod of its namespace, as all() does."""
+    """Whether a capture may select pods that have no label at all, as all(), and app != 'x', do."""
 
 
 class FilterRules(Model):
@@ -37,7 +37,7 @@ class Limits(Model):
     """Longest time from start to end, such as 1h; a capture without endTime ends then."""
     max_file_size: Bytes = 100_000_000
     """Largest rotation.maxFileSize."""
-    max_files: Annotated[int, Field(ge=1, le=1000)] = 10
+    max_files: Annotated[int, Field(ge=1, le=100)] = 10
     """Largest rotation.maxFiles."""
     max_snap_length: Annotated[int, Field(ge=64, le=262144)] = 262144
     """Largest snapLength."""

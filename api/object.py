@@ -3,7 +3,16 @@
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    WithJsonSchema,
+)
 from pydantic.alias_generators import to_camel
 
 GROUP = "kubepcap.io"
@@ -16,8 +25,16 @@ def format_timestamp(moment: datetime) -> str:
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def _bounded(moment: datetime) -> datetime:
+    """Far from the ends of what can be computed with: adding durations must never overflow."""
+    if not 1970 <= moment.year <= 9000:
+        raise ValueError("give a time between the years 1970 and 9000")
+    return moment
+
+
 Timestamp = Annotated[
     AwareDatetime,
+    AfterValidator(_bounded),
     PlainSerializer(format_timestamp, return_type=str),
     WithJsonSchema({"type": "string", "format": "date-time"}),
 ]

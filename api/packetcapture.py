@@ -90,7 +90,7 @@ class Rotation(Model):
     """No file grows beyond this, such as 10M; at least snapLength + 40 bytes."""
     max_file_age: Duration | None = None
     """A new file is begun after this time, such as 1h, also without traffic. Absent: only by size."""
-    max_files: Annotated[int, Field(ge=1, le=1000)] = 2
+    max_files: Annotated[int, Field(ge=1, le=100)] = 2
     """Files kept for each captured interface."""
 
 

@@ -13,7 +13,6 @@ Calico's grammar, from low precedence to high; white space is free and strings h
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from pydantic import Field, model_validator
@@ -37,35 +36,21 @@ class PodSelector(Protocol):
 
     def matches(self, labels: Labels) -> bool: ...
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether it selects every pod, whatever its labels."""
-        ...
 
-
-@dataclass(frozen=True, slots=True)
-class _Node:
-    """`matches` decides; `constant` is what it answers for every pod, if it answers the same for all as written."""
-
-    matches: Callable[[Labels], bool]
-    constant: bool | None = None
+_Predicate = Callable[[Labels], bool]
 
 
 class Selector:
     """A parsed selector of Calico's grammar."""
 
-    __slots__ = ("_node", "text")
+    __slots__ = ("_predicate", "text")
 
-    def __init__(self, text: str, node: _Node) -> None:
+    def __init__(self, text: str, predicate: _Predicate) -> None:
         self.text = text
-        self._node = node
+        self._predicate = predicate
 
     def matches(self, labels: Labels) -> bool:
-        return self._node.matches(labels)
-
-    @property
-    def is_empty(self) -> bool:
-        return self._node.constant is True
+        return self._predicate(labels)
 
     def __repr__(self) -> str:
         return f"Selector({self.text!r})"
@@ -82,27 +67,27 @@ class _Parser:
         self._position = 0
         self._depth = 0
 
-    def parse(self) -> _Node:
+    def parse(self) -> _Predicate:
         if self._peek() == ("end", ""):
-            return _constant(True)
-        node = self._or()
+            return _anything
+        predicate = self._or()
         if self._peek()[0] != "end":
             raise self._expected("&&, || or the end")
-        return node
+        return predicate
 
-    def _or(self) -> _Node:
-        nodes = [self._and()]
+    def _or(self) -> _Predicate:
+        operands = [self._and()]
         while self._accept("||"):
-            nodes.append(self._and())
-        return nodes[0] if len(nodes) == 1 else _any(nodes)
+            operands.append(self._and())
+        return operands[0] if len(operands) == 1 else _any(operands)
 
-    def _and(self) -> _Node:
-        nodes = [self._unary()]
+    def _and(self) -> _Predicate:
+        operands = [self._unary()]
         while self._accept("&&"):
-            nodes.append(self._unary())
-        return nodes[0] if len(nodes) == 1 else _all(nodes)
+            operands.append(self._unary())
+        return operands[0] if len(operands) == 1 else _all(operands)
 
-    def _unary(self) -> _Node:
+    def _unary(self) -> _Predicate:
         self._depth += 1
         if self._depth > _DEEPEST:
             raise self._error(f"nested more than {_DEEPEST} deep")
@@ -110,49 +95,49 @@ class _Parser:
             if self._accept("!"):
                 return _not(self._unary())
             if self._accept("("):
-                node = self._or()
+                predicate = self._or()
                 self._demand(")")
-                return node
+                return predicate
             return self._predicate()
         finally:
             self._depth -= 1
 
-    def _predicate(self) -> _Node:
+    def _predicate(self) -> _Predicate:
         kind, word = self._peek()
         if kind != "word":
             raise self._expected("a label, has(), all(), !, or (")
         self._position += 1
         if word in ("all", "global") and self._accept("("):
             self._demand(")")
-            return _constant(True)
+            return _anything
         if word == "has" and self._accept("("):
             key = self._take("word", "a label")
             self._demand(")")
-            return _Node(lambda labels: key in labels)
+            return lambda labels: key in labels
         return self._operation(word)
 
-    def _operation(self, key: str) -> _Node:
+    def _operation(self, key: str) -> _Predicate:
         if self._accept("=="):
             value = self._string()
-            return _Node(lambda labels: labels.get(key) == value)
+            return lambda labels: labels.get(key) == value
         if self._accept("!="):
             value = self._string()
-            return _Node(lambda labels: labels.get(key) != value)
+            return lambda labels: labels.get(key) != value
         if self._accept("in"):
             values = self._set()
-            return _Node(lambda labels: labels.get(key) in values)
+            return lambda labels: labels.get(key) in values
         if self._accept("notin") or self._accept("not", "in"):
             values = self._set()
-            return _Node(lambda labels: labels.get(key) not in values)
+            return lambda labels: labels.get(key) not in values
         if self._accept("contains"):
             value = self._string()
-            return _Node(lambda labels: value in labels[key] if key in labels else False)
+            return lambda labels: value in labels[key] if key in labels else False
         if self._accept("startswith") or self._accept("starts", "with"):
             value = self._string()
-            return _Node(lambda labels: labels[key].startswith(value) if key in labels else False)
+            return lambda labels: labels[key].startswith(value) if key in labels else False
         if self._accept("endswith") or self._accept("ends", "with"):
             value = self._string()
-            return _Node(lambda labels: labels[key].endswith(value) if key in labels else False)
+            return lambda labels: labels[key].endswith(value) if key in labels else False
         raise self._expected("==, !=, in, not in, contains, starts with or ends with")
 
     def _string(self) -> str:
@@ -215,24 +200,20 @@ def _tokens(text: str) -> list[tuple[str, str, int]]:
         position = match.end()
 
 
-def _constant(value: bool) -> _Node:
-    return _Node(lambda _: value, value)
+def _anything(_: Labels) -> bool:
+    return True
 
 
-def _not(node: _Node) -> _Node:
-    return _Node(lambda labels: not node.matches(labels), None if node.constant is None else not node.constant)
+def _not(operand: _Predicate) -> _Predicate:
+    return lambda labels: not operand(labels)
 
 
-def _any(nodes: list[_Node]) -> _Node:
-    constants = [node.constant for node in nodes]
-    constant = True if True in constants else None if None in constants else False
-    return _Node(lambda labels: any(node.matches(labels) for node in nodes), constant)
+def _any(operands: list[_Predicate]) -> _Predicate:
+    return lambda labels: any(operand(labels) for operand in operands)
 
 
-def _all(nodes: list[_Node]) -> _Node:
-    constants = [node.constant for node in nodes]
-    constant = False if False in constants else None if None in constants else True
-    return _Node(lambda labels: all(node.matches(labels) for node in nodes), constant)
+def _all(operands: list[_Predicate]) -> _Predicate:
+    return lambda labels: all(operand(labels) for operand in operands)
 
 
 class LabelSelectorRequirement(Model):
@@ -277,7 +258,3 @@ class LabelSelector(Model):
         return all(labels.get(key) == value for key, value in self.match_labels.items()) and all(
             requirement.matches(labels) for requirement in self.match_expressions
         )
-
-    @property
-    def is_empty(self) -> bool:
-        return not self.match_labels and not self.match_expressions

@@ -30,8 +30,8 @@ def judge(spec: PacketCaptureSpec, usable: Iterable[CapturePolicy]) -> Verdict:
 def refused(spec: PacketCaptureSpec, policy: CapturePolicy) -> str | None:
     """The first rule of the policy that refuses the capture, in words that say what to change; None when none does."""
     rules = policy.spec
-    if not rules.selectors.allow_empty and spec.pods().is_empty:
-        return "the selector takes every pod of the namespace: select by a label"
+    if not rules.selectors.allow_empty and spec.pods().matches({}):
+        return "the selector takes pods without any label too: select by a label that they have"
     return _filters_refused(spec.filters, rules.filters) or _limits_refused(spec, rules.limits)
 
 

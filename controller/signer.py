@@ -34,6 +34,15 @@ KEPT_AFTER_ISSUE = timedelta(minutes=5)
 
 _RETRY = 5.0
 _LONGEST_PAUSE = 300.0
+_UNREADABLE = (
+    ValueError,
+    UnsupportedAlgorithm,
+    binascii.Error,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
+"""What cryptography says of a request that it can't read; the last three are not `ValueError`."""
 
 
 class RequestError(Exception):
@@ -223,7 +232,7 @@ def _checked_demand(request: SigningRequest, common_name: str, names: Sequence[s
         demanded = x509.load_pem_x509_csr(base64.b64decode(request.spec.request, validate=True))
         key, extensions, subject = demanded.public_key(), demanded.extensions, list(demanded.subject)
         is_signed = demanded.is_signature_valid
-    except (ValueError, UnsupportedAlgorithm, x509.DuplicateExtension, binascii.Error) as error:
+    except _UNREADABLE as error:
         raise RequestError("RequestUnreadable", f"the request can't be read: {error}") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise RequestError("KeyWrong", "the key must be an EC key on P-256")

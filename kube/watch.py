@@ -52,9 +52,9 @@ class Signal:
 class Cache(Generic[T]):
     """All objects of a resource that match the selectors, each read by `parse`.
 
-    An object that `parse` refuses (by a `ValueError`, as pydantic does) is left out of `objects`, listed in
-    `unparsable` with the reason, and logged: it never takes the others with it. `on_change` is called after each change
-    with its key.
+    An object that `parse` refuses (by a `ValueError`, as pydantic does), or fails on in any other way, is left out of
+    `objects`, listed in `unparsable` with the reason, and logged: it never takes the others with it. `on_change` is
+    called after each change with its key.
     """
 
     def __init__(
@@ -81,6 +81,8 @@ class Cache(Generic[T]):
         self._versions: dict[Key, str] = {}
         self._unparsable: dict[Key, str] = {}
         self._synced = asyncio.Event()
+        self._version: str | None = None
+        self._heard = False
 
     @property
     def objects(self) -> Mapping[Key, T]:
@@ -103,21 +105,30 @@ class Cache(Generic[T]):
         return self._objects.get(Key(namespace, name))
 
     async def run(self) -> NoReturn:
-        """Follow for ever. Whatever kube-apiserver answers, the last known state stays and the next try comes."""
+        """Follow for ever. Whatever kube-apiserver answers, the last known state stays and the next try comes.
+
+        A watch that broke is resumed where it was; only when that can't be done everything is listed again.
+        """
         delay = _FIRST_DELAY
         while True:
+            self._heard = False
             try:
-                version = await self._list()
+                if self._version is None:
+                    self._version = await self._list()
+                await self._follow(self._version)
                 delay = _FIRST_DELAY
-                while True:
-                    version = await self._follow(version)
-                    await asyncio.sleep(_FIRST_DELAY)  # a server that ends every watch at once is not run over
+                pause = _FIRST_DELAY  # a server that ends every watch at once is not run over
             except StatusError as error:
+                if self._heard:
+                    delay = _FIRST_DELAY
+                if error.code == 410 or delay >= _LONGEST_DELAY:
+                    self._version = None
                 if error.code != 410:
                     _log.warning("following %s failed: %s", self._resource.plural, error.message)
-                    # Spread, so that a thousand agents don't come back in step.
-                    await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311
-                    delay = min(delay * 2, _LONGEST_DELAY)
+                # Spread, so that a thousand agents don't come back in step.
+                pause = delay * random.uniform(0.5, 1.0)  # noqa: S311
+                delay = min(delay * 2, _LONGEST_DELAY)
+            await asyncio.sleep(pause)
 
     async def _list(self) -> str:
         listed = await self._client.list(
@@ -136,7 +147,7 @@ class Cache(Generic[T]):
         self._synced.set()
         return listed.resource_version
 
-    async def _follow(self, version: str) -> str:
+    async def _follow(self, version: str) -> None:
         async for event in self._client.watch(
             self._resource,
             resource_version=version,
@@ -145,12 +156,12 @@ class Cache(Generic[T]):
             field_selector=self._field_selector,
             metadata_only=self._metadata_only,
         ):
-            version = event.object["metadata"]["resourceVersion"]
+            self._version = event.object["metadata"]["resourceVersion"]
+            self._heard = True
             if event.type == "DELETED":
                 self._remove(_key(event.object))
             elif event.type != "BOOKMARK":
                 self._put(event.object)
-        return version
 
     def _put(self, item: Json) -> None:
         key = _key(item)
@@ -161,10 +172,12 @@ class Cache(Generic[T]):
         try:
             self._objects[key] = self._parse(item)
             self._unparsable.pop(key, None)
-        except ValueError as error:
+        except Exception as error:
             self._objects.pop(key, None)
             self._unparsable[key] = str(error)
-            _log.warning("%s %s can't be read: %s", self._resource.kind, "/".join(filter(None, key)), error)
+            surprise = None if isinstance(error, ValueError) else error
+            name = "/".join(filter(None, key))
+            _log.warning("%s %s can't be read: %s", self._resource.kind, name, error, exc_info=surprise)
         self._changed(key)
 
     def _remove(self, key: Key) -> None:

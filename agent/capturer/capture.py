@@ -28,6 +28,7 @@ _FLUSH_SECONDS: Final = 1.0
 _DRAIN_SECONDS: Final = 1.0
 _DRAIN_POLL_SECONDS: Final = 0.005
 _HANDOVER_MARGIN_SECONDS: Final = 0.02
+_LONGEST_WAIT_SECONDS: Final = 3600.0  # poll(2) takes milliseconds in 31 bits
 _FILE_MODE: Final = 0o640
 
 log = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ class InterfaceCapture:
         self._closed: deque[FileStatus] = deque()
         self._earlier: deque[str] = deque()
         self._sequence = 0
+        self._room_due = False
         self._file: _File | None = None
         self.flushed = 0
         self.status = InterfaceStatus(interface=interface, state=State.STARTING)
@@ -139,6 +141,7 @@ class InterfaceCapture:
         try:
             self._find_earlier_files()
             self._open_next()
+            self._room_due = True
             self._publish(State.CAPTURING)
             self._on_change()
             try:
@@ -183,6 +186,8 @@ class InterfaceCapture:
             return self._batch()
         written = self._handle.dispatch(min(room, BATCH), file.dump)
         if written:
+            if self._room_due:
+                self._make_room()
             file.packets += written
             file.last_batch = start
             file.first_packet_at = file.first_packet_at or time.monotonic()
@@ -230,7 +235,7 @@ class InterfaceCapture:
             return 0  # asked for while another one was answered
         if due == float("inf"):
             return None
-        return max(0.0, due - time.monotonic()) * 1000 + 1
+        return min(max(0.0, due - time.monotonic()), _LONGEST_WAIT_SECONDS) * 1000 + 1
 
     def _rotation_due(self) -> float:
         """When the current file is too old. One without packets never is: it would push out one that has some."""
@@ -260,6 +265,7 @@ class InterfaceCapture:
     def _rotate(self) -> None:
         self._flush()
         self._retire_current()
+        self._make_room()
         self._open_next()
         self._publish(State.CAPTURING)
         self._on_change()
@@ -284,15 +290,28 @@ class InterfaceCapture:
                 if candidate == series:
                     earlier.append((sequence, name))
         earlier.sort()
-        self._earlier.extend(name for _, name in earlier)
         self._sequence = earlier[-1][0] + 1 if earlier else 0
+        for _, name in earlier:
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(name, dir_fd=self._directory, follow_symlinks=False).st_size > FILE_HEADER_BYTES:
+                    self._earlier.append(name)
+                else:
+                    os.unlink(name, dir_fd=self._directory)
 
-    def _open_next(self) -> None:
-        """Begin the next file, after making place for it."""
+    def _make_room(self) -> None:
+        """Remove the oldest files that are too many beside the current one.
+
+        A capture that starts does so with its first packets only: one that starts again and again without any traffic,
+        or on a full disk, must not push out what it captured before.
+        """
+        self._room_due = False
         while len(self._earlier) + len(self._closed) >= self._target.max_files:
             oldest = self._earlier.popleft() if self._earlier else self._closed.popleft().name
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(oldest, dir_fd=self._directory)
+
+    def _open_next(self) -> None:
+        """Begin the next file."""
         created = time.time_ns()
         name = self._name(created=created)
         # The agent may write into the directory, so never follow a link it might have put there.

@@ -7,9 +7,11 @@ something changed. So a slow agent stalls no capture, and a slow capture no othe
 import argparse
 import contextlib
 import ctypes
+import errno
 import functools
 import logging
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -48,6 +50,7 @@ TIMEOUT_MILLISECONDS: Final = 50
 
 _PR_SET_PDEATHSIG: Final = 1
 _GOODBYE_SECONDS: Final = 1.0
+_NO_DESCRIPTOR_SECONDS: Final = 0.1
 _STACK_BYTES: Final = 512 << 10
 
 log = logging.getLogger(__name__)
@@ -69,7 +72,10 @@ class TargetCapture:
         self._stopping = False
         self._failure: tuple[str, str] | None = None
         self._interfaces: tuple[InterfaceCapture, ...] | None = None
-        threading.Thread(target=self._run, name=f"open {target.pod_name}").start()
+        try:
+            threading.Thread(target=self._run, name=f"open {target.pod_name}").start()
+        except RuntimeError as error:  # the system gives no more threads
+            self._failure = "OpenFailed", f"opening the capture: {error}"
 
     def stop(self) -> None:
         """Ask every interface for its end. Harmless when repeated."""
@@ -315,7 +321,14 @@ class Worker:
 
     def _accept(self) -> None:
         with contextlib.suppress(BlockingIOError, ConnectionError):
-            channel, _ = self._listener.accept()
+            try:
+                channel, _ = self._listener.accept()
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE):
+                    raise
+                log.error("no connection can be taken: %s", error)  # noqa: TRY400 - often, and nothing to trace
+                time.sleep(_NO_DESCRIPTOR_SECONDS)
+                return
             uid = _peer_uid(channel)
             if uid not in self._allowed_uids:
                 log.error("refused a connection from uid %d", uid)
@@ -449,7 +462,14 @@ def main() -> None:
         host_namespace=arguments.host_namespace,
         allowed_uids=frozenset(arguments.allow_uid),
     )
-    worker.run()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each captured interface takes five descriptors
+    try:
+        worker.run()
+    except BaseException:
+        # The captures' threads would go on without anyone to stop them; the supervisor starts anew.
+        log.exception("the worker failed")
+        os._exit(1)
 
 
 if __name__ == "__main__":

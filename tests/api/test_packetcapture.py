@@ -81,6 +81,8 @@ SOUND = {"selector": "app == 'x'"}
             "spec.rotation.maxFileSize: '10MB' is no size: give bytes, or a number with k, M, G, Ki, Mi or Gi, "
             "such as 10M",
         ),
+        ({"endTime": "9999-12-31T23:59:59-14:00"}, "spec.endTime: give a time between the years 1970 and 9000"),
+        ({"startTime": "9999-12-31T10:00:00Z"}, "spec.startTime: give a time between the years 1970 and 9000"),
         ({"snapLength": 10}, "spec.snapLength: Input should be greater than or equal to 64"),
     ],
 )

@@ -93,23 +93,6 @@ def test_what_is_no_selector_is_refused_with_the_column(text: str, message: str)
     assert str(refusal.value) == message
 
 
-@pytest.mark.parametrize(
-    ("text", "empty"),
-    [
-        ("", True),
-        ("all()", True),
-        ("!!all()", True),
-        ("all() || app == 'x'", True),
-        ("all() && global()", True),
-        ("!all()", False),
-        ("all() && app == 'x'", False),
-        ("app == 'x'", False),
-    ],
-)
-def test_a_selector_that_takes_every_pod_is_empty(text: str, empty: bool) -> None:
-    assert parse(text).is_empty is empty
-
-
 @given(st.text(max_size=200))
 def test_any_text_is_a_selector_or_refused(text: str) -> None:
     try:

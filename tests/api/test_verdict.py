@@ -19,10 +19,22 @@ def spec(**fields: Any) -> PacketCaptureSpec:
 
 HTTP = [{"protocol": "TCP", "ports": [80]}]
 
+TOO_WIDE = "the selector takes pods without any label too: select by a label that they have"
+
 CASES: list[tuple[dict[str, Any], dict[str, Any], str | None]] = [
     ({}, {}, None),
-    ({}, {"selector": "all()"}, "the selector takes every pod of the namespace: select by a label"),
+    ({}, {"selector": "all()"}, TOO_WIDE),
     ({"selectors": {"allowEmpty": True}}, {"selector": "all()"}, None),
+    ({}, {"selector": "zz != 'x'"}, TOO_WIDE),
+    ({}, {"selector": "has(a) || !has(a)"}, TOO_WIDE),
+    ({}, {"selector": "a not in {'x'}"}, TOO_WIDE),
+    ({}, {"selector": None, "podSelector": {}}, TOO_WIDE),
+    (
+        {},
+        {"selector": None, "podSelector": {"matchExpressions": [{"key": "zz", "operator": "DoesNotExist"}]}},
+        TOO_WIDE,
+    ),
+    ({}, {"selector": "app == 'x' && zz != 'x'"}, None),
     ({"filters": {"required": True}}, {}, "filters are required"),
     ({"filters": {"required": True}}, {"filters": HTTP}, None),
     ({"filters": {"protocols": ["TCP"]}}, {}, "filters are required"),

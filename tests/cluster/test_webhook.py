@@ -215,7 +215,7 @@ TCP_80 = [{"protocol": "TCP", "ports": [80]}]
     ("spec", "words"),
     [
         ({"selector": "app =="}, "selector"),
-        ({"selector": "all()", "filters": TCP_80}, "policy web: the selector takes every pod of the namespace"),
+        ({"selector": "all()", "filters": TCP_80}, "policy web: the selector takes pods without any label too"),
         ({"filters": [{"protocol": "TCP", "ports": [70000]}]}, "ports go from 1 to 65535"),
         ({"filters": [{"protocol": "ICMP", "ports": [80]}]}, "only TCP, UDP and SCTP have them"),
         ({"filters": [{"protocol": "TCP", "ports": [22]}]}, "policy web: port 22 is denied"),

@@ -86,6 +86,14 @@ def built(
     return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
+def of_another_version(pem: bytes) -> bytes:
+    """The request with a version that PKCS #10 does not have."""
+    der = x509.load_pem_x509_csr(pem).public_bytes(serialization.Encoding.DER)
+    wrong = der.replace(b"\x02\x01\x00", b"\x02\x01\x01", 1)
+    body = base64.encodebytes(wrong).decode()
+    return f"-----BEGIN CERTIFICATE REQUEST-----\n{body}-----END CERTIFICATE REQUEST-----\n".encode()
+
+
 @pytest.mark.parametrize("account", OWNERS)
 def test_each_program_gets_its_serving_certificate(account: str) -> None:
     grant = check(request(account), pod(account), namespace="kubepcap")
@@ -166,6 +174,7 @@ CLIENT = {"signerName": "kubepcap.io/client", "usages": ["digital signature", "c
         ("RequestUnreadable", {"pem": b""}, {}),
         ("RequestUnreadable", {"pem": b"-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n"}, {}),
         ("RequestUnreadable", {"request": "%"}, {}),
+        ("RequestUnreadable", {"pem": of_another_version(built())}, {}),
         ("KeyWrong", {"pem": built(key=rsa.generate_private_key(65537, 2048))}, {}),
         ("KeyWrong", {"pem": built(key=ec.generate_private_key(ec.SECP384R1()))}, {}),
         ("SubjectWrong", {"pem": built(subject=[])}, {}),

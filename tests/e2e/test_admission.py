@@ -29,7 +29,14 @@ UNGOVERNED = {"name": "without-policy", "namespace": "hipstershop"}
             {"selector": NGINX, "startTime": "2030-01-01T10:00:00Z", "endTime": "2030-01-01T09:00:00Z"},
             "endTime must be after startTime",
         ),
-        ({"selector": "all()"}, "policy baseline: the selector takes every pod of the namespace: select by a label"),
+        (
+            {"selector": NGINX, "startTime": "9999-12-31T10:00:00Z", "endTime": "9999-12-31T23:00:00Z"},
+            "spec.startTime: give a time between the years 1970 and 9000",
+        ),
+        (
+            {"selector": "all()"},
+            "policy baseline: the selector takes pods without any label too: select by a label that they have",
+        ),
         (
             {"selector": NGINX, "rotation": {"maxFiles": 100}},
             "policy baseline: rotation.maxFiles is more than 10",

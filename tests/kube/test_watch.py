@@ -1,6 +1,14 @@
-"""The signal that wakes a waiter; the cache itself is tested on a real kube-apiserver."""
+"""Caches on a made-up stream of answers; on a real kube-apiserver they are tested in tests/cluster/test_client.py."""
 
-from kube.watch import Signal
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any
+
+import pytest
+
+from kube.client import PODS, Client, Json, ObjectList, WatchEvent
+from kube.status import StatusError
+from kube.watch import Cache, Key, Signal
 
 
 async def test_a_signal_set_before_it_is_waited_for_is_not_lost() -> None:
@@ -13,3 +21,72 @@ async def test_a_signal_set_before_it_is_waited_for_is_not_lost() -> None:
 
 async def test_waiting_ends_without_a_signal_after_the_timeout() -> None:
     assert await Signal().wait(0.01) is False
+
+
+def pod(name: str, version: int) -> Json:
+    return {"metadata": {"namespace": "n", "name": name, "resourceVersion": str(version)}}
+
+
+class Script(Client):
+    """Answers watches as it is told, then stays silent; remembers what it was asked."""
+
+    def __init__(self, *watches: Iterable[WatchEvent | StatusError], listed: Iterable[Json] = ()) -> None:
+        self.lists = 0
+        self.versions: list[str] = []
+        self.silent = asyncio.Event()
+        self._watches = list(watches)
+        self._listed = list(listed)
+
+    async def list(self, *_: Any, **__: Any) -> ObjectList:
+        self.lists += 1
+        return ObjectList(list(self._listed), "10")
+
+    async def watch(self, *_: Any, resource_version: str, **__: Any) -> AsyncIterator[WatchEvent]:
+        self.versions.append(resource_version)
+        if not self._watches:
+            self.silent.set()
+            await asyncio.Event().wait()
+        for event in self._watches.pop(0):
+            if isinstance(event, StatusError):
+                raise event
+            yield event
+
+
+async def followed(script: Script, parse: Callable[[Json], str]) -> Cache[str]:
+    cache = Cache(script, PODS, parse)
+    async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(cache.run(), name="cache")
+        await script.silent.wait()
+        task.cancel()
+    return cache
+
+
+def version(item: Json) -> str:
+    return str(item["metadata"]["resourceVersion"])
+
+
+async def test_a_watch_that_broke_is_resumed_where_it_was() -> None:
+    script = Script([WatchEvent("ADDED", pod("a", 11)), StatusError(503, "cut")], [StatusError(429, "busy")])
+    cache = await followed(script, version)
+    assert script.lists == 1
+    assert script.versions == ["10", "11", "11"]
+    assert cache.get("a", "n") == "11"
+
+
+async def test_everything_is_listed_again_when_the_version_is_forgotten() -> None:
+    script = Script([StatusError(410, "too old")], listed=[pod("a", 9)])
+    cache = await followed(script, version)
+    assert script.lists == 2
+    assert cache.get("a", "n") == "9"
+
+
+@pytest.mark.parametrize("failure", [ValueError("bad"), OverflowError("date value out of range")])
+async def test_an_object_on_which_reading_fails_in_any_way_takes_no_other_with_it(failure: Exception) -> None:
+    def parse(item: Json) -> str:
+        if item["metadata"]["name"] == "bad":
+            raise failure
+        return version(item)
+
+    cache = await followed(Script(listed=[pod("bad", 1), pod("good", 2)]), parse)
+    assert cache.objects == {Key("n", "good"): "2"}
+    assert cache.unparsable == {Key("n", "bad"): str(failure)}

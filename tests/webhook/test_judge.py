@@ -51,7 +51,7 @@ def test_a_capture_without_an_end_is_warned_when_it_will_end() -> None:
             422,
             "spec: endTime must be after startTime",
         ),
-        ({"selector": "all()"}, 403, "policy baseline: the selector takes every pod of the namespace"),
+        ({"selector": "all()"}, 403, "policy baseline: the selector takes pods without any label too"),
         ({"filters": [{"ports": [22]}]}, 403, "policy web: port 22 is denied"),
     ],
 )

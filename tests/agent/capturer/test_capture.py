@@ -101,6 +101,36 @@ def test_rotation_keeps_the_newest_files(pod: Pod, capturer: Capturer) -> None:
     assert kept == list(range(kept[0], 10_000))
 
 
+def test_starting_again_without_traffic_keeps_what_was_captured_before(pod: Pod, capturer: Capturer) -> None:
+    target = pod.target(max_files=2)
+    capturer.start(target)
+    pod.receive(10)
+    capturer.stop(target)
+    (kept,) = capturer.files(target)
+    for _ in range(5):
+        capturer.start(target)
+        capturer.stop(target)
+    assert kept in capturer.files(target)
+    assert packets_in(kept) == 10
+    assert len(capturer.files(target)) == 2, "empty files of before are removed"
+    for _ in range(2):
+        capturer.start(target)
+        pod.receive(1)
+        capturer.stop(target)
+    assert kept not in capturer.files(target), "with traffic the oldest makes room"
+    assert len(capturer.files(target)) == 2
+
+
+def test_a_file_may_grow_older_than_poll_can_wait(pod: Pod, capturer: Capturer) -> None:
+    target = pod.target(max_file_age_seconds=30 * 86400)
+    capturer.start(target)
+    pod.receive(5)
+    (status,) = capturer.report(flush=True)
+    pod.receive(5)
+    (status,) = capturer.report(flush=True)
+    assert (status.state, status.interfaces[0].packets) == (State.CAPTURING, 10)
+
+
 def test_a_file_is_turned_over_by_age_without_further_traffic(pod: Pod, capturer: Capturer) -> None:
     target = pod.target(max_file_age_seconds=1, max_files=10)
     capturer.start(target)
