@@ -22,7 +22,8 @@ class Machine:
         self.cluster = cluster
         self.name = name
         self.address = str(cluster.address(name))
-        self._running: dict[int, str] = {}
+        # The objects are kept, since Python reaps the processes of forgotten ones by itself, and tells nobody.
+        self._running: dict[int, tuple[str, subprocess.Popen[bytes]]] = {}
 
     @property
     def files(self) -> Path:
@@ -62,7 +63,7 @@ class Machine:
         command = [self.program(name), *arguments]
         with self.cluster.log(self.name, name).open("ab") as log:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-        self._running[process.pid] = name
+        self._running[process.pid] = name, process
 
     def wait(self, ready: Callable[[], bool]) -> None:
         """Wait without end: `up` is who loses patience, or sees which program has ended meanwhile."""
@@ -81,10 +82,12 @@ class Machine:
         except ChildProcessError:
             time.sleep(1)
             return
-        if program := self._running.pop(pid, None):
+        if known := self._running.pop(pid, None):
+            program, process = known
+            process.returncode = os.waitstatus_to_exitcode(status)
             with (self.files / ENDED).open("a") as file:
                 file.write(f"{program}\n")
-            print(f"{program} ended with {os.waitstatus_to_exitcode(status)}", file=sys.stderr, flush=True)
+            print(f"{program} ended with {process.returncode}", file=sys.stderr, flush=True)
 
 
 def ended(cluster: Cluster) -> list[tuple[str, str]]:
