@@ -14,7 +14,8 @@ def connect(cluster: Cluster, processes: Mapping[str, int]) -> None:
     ip(
         centre,
         "link set lo up",
-        "link add lan type bridge",
+        # An address of its own: else the bridge takes its ports' lowest, and changes it under everyone when a node dies.
+        "link add lan address 02:00:00:00:00:01 type bridge",
         f"addr add {gateway}/{cluster.lan.prefixlen} dev lan",
         "link set host master lan up",
         # Nothing inside reaches the outside; with forwarding on, it is told so at once and does not hang.
