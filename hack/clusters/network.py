@@ -14,7 +14,7 @@ def connect(cluster: Cluster, processes: Mapping[str, int]) -> None:
     ip(
         centre,
         "link set lo up",
-        # An address of its own: else the bridge takes its ports' lowest, and changes it under everyone when a node dies.
+        # An address of its own: else it takes its ports' lowest, which changes under everyone when a node dies.
         "link add lan address 02:00:00:00:00:01 type bridge",
         f"addr add {gateway}/{cluster.lan.prefixlen} dev lan",
         "link set host master lan up",
