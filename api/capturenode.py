@@ -49,6 +49,27 @@ class NodeCapture(Model):
     """Size of its files."""
     dropped: int = 0
     """Packets that passed the filter and were lost."""
+    matched: int = 0
+    """Pods of this node that the selector matches, captured or not."""
+    seen: int = 0
+    """Packets that the pods' interfaces counted meanwhile, whether or not the filter let them through."""
+    evicted: int = 0
+    """Files removed to keep the disk's limits."""
+    interruptions: int = 0
+    """Times that the capturer died; what came until it was back is in no file."""
+    interrupted_at: Timestamp | None = None
+    """When it was last back after that."""
+
+
+class Capturer(Model):
+    """The part of the agent that captures."""
+
+    restarts: int = 0
+    """Times that it died since the agent began."""
+    interfaces: int = 0
+    """Interfaces that it captures."""
+    ring_bytes: int = 0
+    """Kernel memory that their rings take."""
 
 
 class CaptureNodeStatus(Model):
@@ -62,6 +83,8 @@ class CaptureNodeStatus(Model):
     """The agent's version."""
     disk: Disk | None = None
     """The file system that holds the capture files."""
+    capturer: Capturer | None = None
+    """The part of the agent that captures; absent while it can't be reached."""
     captures: Annotated[list[NodeCapture], Field(max_length=2000)] = Field(default_factory=list)
     """Captures that concern this node: they match a pod of it, or have files on it."""
 

@@ -41,6 +41,12 @@ class Limits(Model):
     """Largest rotation.maxFiles."""
     max_snap_length: Annotated[int, Field(ge=64, le=262144)] = 262144
     """Largest snapLength."""
+    ring_size: Annotated[Bytes, Field(ge=1 << 19, le=1 << 30)] = 4 << 20
+    """Memory of the node, for each captured interface, in which packets wait to be written: more of it survives longer
+    bursts."""
+    max_bytes_per_node: Bytes = 2_000_000_000
+    """Bytes that all files of one capture may take on one node. Beyond that its oldest finished files go first, then it
+    pauses."""
     max_captures_per_namespace: Annotated[int, Field(ge=1, le=10_000)] = 10
     """Captures under this policy that may be active at once in a namespace; further ones wait."""
 

@@ -67,6 +67,9 @@ Ports = Annotated[
 ]
 
 
+InterfaceName = Annotated[str, Field(pattern=r"^[^\s/]{1,15}$")]
+
+
 class Filter(Model):
     """Packets of one protocol, on one of these ports. Entries of the list are alternatives."""
 
@@ -127,6 +130,8 @@ class PacketCaptureSpec(Model):
     duration."""
     suspend: bool = False
     """True stops the capture and keeps its files."""
+    interfaces: Annotated[list[InterfaceName], Field(max_length=16)] = Field(default_factory=list)
+    """Interfaces of the pods, such as eth0 or lo. Empty: all of them but the loopback."""
     snap_length: Annotated[int, Field(ge=64, le=262144)] = 262144
     """Bytes kept of each packet. Pods' packets can be larger than the network's, by segmentation offload."""
     rotation: Rotation = Field(default_factory=Rotation)
@@ -181,6 +186,12 @@ class NodeSummary(Model):
     """Size of the files."""
     dropped: int = 0
     """Packets that passed the filter and were lost."""
+    seen: int = 0
+    """Packets that the pods' interfaces counted meanwhile, whether or not the filter let them through."""
+    evicted: int = 0
+    """Files removed to keep the disk's limits."""
+    interruptions: int = 0
+    """Times that the capturer died; what came until it was back is in no file."""
 
 
 class PacketCaptureStatus(Model):
@@ -201,6 +212,8 @@ class PacketCaptureStatus(Model):
     """Size of the files, on all nodes."""
     dropped: int = 0
     """Packets that passed the filter and were lost, on all nodes."""
+    seen: int = 0
+    """Packets that the pods' interfaces counted meanwhile, whether or not the filter let them through, on all nodes."""
     finished_time: Timestamp | None = None
     """When the capture came to its end."""
     nodes: Annotated[list[NodeSummary], Field(max_length=100)] = Field(default_factory=list)

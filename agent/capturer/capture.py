@@ -29,7 +29,7 @@ _DRAIN_SECONDS: Final = 1.0
 _DRAIN_POLL_SECONDS: Final = 0.005
 _HANDOVER_MARGIN_SECONDS: Final = 0.02
 _LONGEST_WAIT_SECONDS: Final = 3600.0  # poll(2) takes milliseconds in 31 bits
-_FILE_MODE: Final = 0o640
+_FILE_MODE: Final = 0o660  # the agent cuts off what a writer that died left half written
 
 log = logging.getLogger(__name__)
 
@@ -395,7 +395,7 @@ class InterfaceCapture:
             packets=file.flushed_packets,
             dropped=self._dropped - file.dropped_before,
             last_batch_offset=file.flushed_last_batch,
-            open=open_,
+            closed=None if open_ else time.time_ns(),
         )
 
     @property

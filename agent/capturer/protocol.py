@@ -34,7 +34,8 @@ class Target:
 
     `interfaces` empty means every interface but the loopback. `ring_bytes` and the file limits hold for each captured
     interface. `max_file_age_seconds` 0 means no limit. `until` is a Unix time in seconds at which the capture ends even
-    when no agent is there to stop it, None for never.
+    when no agent is there to stop it, None for never. `direct` asks for writes past the page cache (O_DIRECT), where
+    the file system can.
     """
 
     capture_uid: str
@@ -49,6 +50,7 @@ class Target:
     max_file_age_seconds: int = 0
     max_files: int = 2
     until: float | None = None
+    direct: bool = False
 
     def __post_init__(self) -> None:
         for name, pattern in (("capture_uid", _UID), ("pod_uid", _UID), ("pod_name", _POD_NAME)):
@@ -99,9 +101,10 @@ class State(StrEnum):
 class FileStatus:
     """A file as a reader may use it: the first `size` bytes are whole records.
 
-    `created` is in ns since the epoch. `last_batch_offset` is where the last packets written start, always a record's
-    boundary and at most 4096 records before `size`, so a reader finds the last packet's time without reading the file.
-    `dropped` counts packets that the kernel had no room for while this file was the current one.
+    `created` and `closed` are in ns since the epoch, `closed` None while it is written. `last_batch_offset` is where
+    the last packets written start, always a record's boundary and at most 4096 records before `size`, so a reader finds
+    the last packet's time without reading the file. `dropped` counts packets that the kernel had no room for while this
+    file was the current one.
     """
 
     name: str
@@ -111,12 +114,19 @@ class FileStatus:
     packets: int
     dropped: int
     last_batch_offset: int
-    open: bool
+    closed: int | None = None
+
+    @property
+    def open(self) -> bool:
+        return self.closed is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InterfaceStatus:
-    """One captured interface. `packets` were written to files (some of which rotation has removed by now)."""
+    """One captured interface. `packets` were written to files (some of which rotation has removed by now).
+
+    `seen` is what the interface's own counters say went in and out meanwhile, whether or not the filter let it through.
+    """
 
     interface: str
     state: State
@@ -124,6 +134,7 @@ class InterfaceStatus:
     message: str = ""
     packets: int = 0
     dropped: int = 0
+    seen: int = 0
     files: tuple[FileStatus, ...] = ()
 
 
@@ -144,7 +155,10 @@ class TargetStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """Capture this target; answered with its status once it captures or failed. Harmless when it captures already."""
+    """Capture this target; answered with its status once it captures or failed. Harmless when it captures already.
+
+    When only `until` differs from the target that is captured, its end moves and nothing else happens.
+    """
 
     request: int
     target: Target
@@ -172,16 +186,23 @@ class Report:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """The answer to the request of that number. `error` says why it could not be understood."""
+    """The answer to the request of that number. `error` says why it could not be understood.
+
+    `worker` is when the worker began, in ns since the epoch: another one means that it died meanwhile.
+    """
 
     request: int
     targets: tuple[TargetStatus, ...] = ()
     error: str = ""
+    worker: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Changed:
-    """Sent unasked: the target's state changed, its first packet came, or a file was closed and the next one begun."""
+    """Sent unasked: the target's state changed, its first packet came, or a file was closed and the next one begun.
+
+    Of its files only those are named of which something changed since the last such message; a reply names all.
+    """
 
     target: TargetStatus
 

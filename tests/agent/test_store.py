@@ -48,7 +48,7 @@ def file(sequence: int, *, packets: int, open_: bool, size: int | None = None, d
         packets=packets,
         dropped=dropped,
         last_batch_offset=24 + 76 * max(0, packets - 2),
-        open=open_,
+        closed=None if open_ else NOW + 1000,
     )
 
 

@@ -323,7 +323,7 @@ def test_three_capabilities_are_enough(pod: Pod, tmp_path: Path) -> None:
     capturer.stop(target)
     (file,) = capturer.files(target)
     assert packets_in(file) == 10
-    assert (file.stat().st_gid, file.stat().st_mode & 0o7777) == (65532, 0o640)
+    assert (file.stat().st_gid, file.stat().st_mode & 0o7777) == (65532, 0o660)
     assert (file.parent.stat().st_gid, file.parent.stat().st_mode & 0o7777) == (65532, 0o2770)
     capturer.close()
 

@@ -50,7 +50,7 @@ files = st.builds(
     packets=numbers,
     dropped=numbers,
     last_batch_offset=numbers,
-    open=st.booleans(),
+    closed=st.none() | st.integers(0, 2**63),
 )
 interfaces = st.builds(
     InterfaceStatus,
