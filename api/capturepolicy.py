@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field
 
 from api.object import Model, ObjectMeta
-from api.packetcapture import Ports, Protocol
+from api.packetcapture import InterfaceName, Ports, Protocol
 from api.quantity import Bytes, Duration
 
 
@@ -28,6 +28,14 @@ class FilterRules(Model):
     """Each entry of a capture's filters must name ports, all of them within these. Absent: any ports, or none."""
     denied_ports: Annotated[list[Ports], Field(max_length=64)] = Field(default_factory=list)
     """No entry may name one of these; and each entry that could match TCP, UDP or SCTP must then name its ports."""
+
+
+class InterfaceRules(Model):
+    """Which interfaces of the pods are allowed."""
+
+    allowed: Annotated[list[InterfaceName], Field(max_length=16)] | None = None
+    """A capture must name its interfaces, all of them out of these. Absent: any, also lo, where what
+    sidecars have decrypted can be read."""
 
 
 class Limits(Model):
@@ -60,6 +68,8 @@ class CapturePolicySpec(Model):
     """Which selectors are allowed."""
     filters: FilterRules = Field(default_factory=FilterRules)
     """Which filters are allowed."""
+    interfaces: InterfaceRules = Field(default_factory=InterfaceRules)
+    """Which interfaces of the pods are allowed."""
     limits: Limits = Field(default_factory=Limits)
     """How much one capture may take."""
 

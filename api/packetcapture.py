@@ -1,7 +1,7 @@
 """`PacketCapture`: which packets of which pods, when, and how they are kept."""
 
 from datetime import datetime
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_validator
 
@@ -65,7 +65,6 @@ Ports = Annotated[
     PlainSerializer(format_ports),
     WithJsonSchema(_INT_OR_STRING),
 ]
-
 
 InterfaceName = Annotated[str, Field(pattern=r"^[^\s/]{1,15}$")]
 
@@ -131,7 +130,8 @@ class PacketCaptureSpec(Model):
     suspend: bool = False
     """True stops the capture and keeps its files."""
     interfaces: Annotated[list[InterfaceName], Field(max_length=16)] = Field(default_factory=list)
-    """Interfaces of the pods, such as eth0 or lo. Empty: all of them but the loopback."""
+    """Interfaces of the pods, such as eth0 or lo. Empty: all of them but the loopback. On lo is what the containers of
+    a pod say to each other, also what a sidecar has decrypted."""
     snap_length: Annotated[int, Field(ge=64, le=262144)] = 262144
     """Bytes kept of each packet. Pods' packets can be larger than the network's, by segmentation offload."""
     rotation: Rotation = Field(default_factory=Rotation)
@@ -203,7 +203,7 @@ class PacketCaptureStatus(Model):
         default_factory=list,
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
-    """Admitted, and what else can be said, each with a reason and a message."""
+    """Admitted, Capturing, PodsMatched, Complete, DiskPressure and Degraded, each with a reason and a message."""
     pods: int = 0
     """Pods that are captured now, on all nodes."""
     packets: int = 0
@@ -214,6 +214,10 @@ class PacketCaptureStatus(Model):
     """Packets that passed the filter and were lost, on all nodes."""
     seen: int = 0
     """Packets that the pods' interfaces counted meanwhile, whether or not the filter let them through, on all nodes."""
+    evicted: int = 0
+    """Files removed to keep the disk's limits, on all nodes."""
+    interruptions: int = 0
+    """Times that a capturer died, on all nodes; what came until it was back is in no file."""
     finished_time: Timestamp | None = None
     """When the capture came to its end."""
     nodes: Annotated[list[NodeSummary], Field(max_length=100)] = Field(default_factory=list)
@@ -223,6 +227,11 @@ class PacketCaptureStatus(Model):
 
     def condition(self, kind: str) -> Condition | None:
         return next((condition for condition in self.conditions if condition.type == kind), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """The nodes without what is zero or empty: each write goes to every node of the cluster."""
+        nodes = [node.model_dump(mode="json", exclude_defaults=True) for node in self.nodes]
+        return super().to_json() | {"nodes": nodes}
 
 
 class PacketCapture(Model):

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from api.capturepolicy import CapturePolicy, FilterRules, Limits
+from api.capturepolicy import CapturePolicy, FilterRules, InterfaceRules, Limits
 from api.packetcapture import Filter, PacketCaptureSpec, format_ports
 from api.quantity import format_duration
 
@@ -32,7 +32,11 @@ def refused(spec: PacketCaptureSpec, policy: CapturePolicy) -> str | None:
     rules = policy.spec
     if not rules.selectors.allow_empty and spec.pods().matches({}):
         return "the selector takes pods without any label too: select by a label that they have"
-    return _filters_refused(spec.filters, rules.filters) or _limits_refused(spec, rules.limits)
+    return (
+        _filters_refused(spec.filters, rules.filters)
+        or _interfaces_refused(spec.interfaces, rules.interfaces)
+        or _limits_refused(spec, rules.limits)
+    )
 
 
 def denial(verdict: Verdict, *, user: str, namespace: str, existing: Sequence[str]) -> str:
@@ -86,6 +90,16 @@ def _ports_refused(entry: Filter, rules: FilterRules) -> str | None:
             if low <= denied_high and denied_low <= high:
                 return f"port {format_ports((max(low, denied_low), min(high, denied_high)))} is denied"
     return None
+
+
+def _interfaces_refused(interfaces: Sequence[str], rules: InterfaceRules) -> str | None:
+    if rules.allowed is None:
+        return None
+    allowed = ", ".join(rules.allowed)
+    if not interfaces:
+        return f"interfaces must be named, out of {allowed}"
+    foreign = next((name for name in interfaces if name not in rules.allowed), None)
+    return None if foreign is None else f"interface {foreign} is not allowed: {allowed} are"
 
 
 def _limits_refused(spec: PacketCaptureSpec, limits: Limits) -> str | None:

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from api.object import explain
-from api.packetcapture import PacketCapture, PacketCaptureSpec
+from api.packetcapture import NodeSummary, PacketCapture, PacketCaptureSpec, PacketCaptureStatus
 
 
 def test_a_manifest_of_calico_is_read() -> None:
@@ -106,3 +106,11 @@ def test_no_words_of_a_users_pass_for_a_protocol(text: str) -> None:
 def test_no_words_of_a_users_pass_for_a_port(text: str) -> None:
     with pytest.raises(ValidationError, match="port"):
         PacketCaptureSpec.model_validate(SOUND | {"filters": [{"ports": [text]}]})
+
+
+def test_the_status_names_of_a_node_only_what_there_is_to_say() -> None:
+    status = PacketCaptureStatus(packets=0, nodes=[NodeSummary(node="a", state="Capturing", pods=1)])
+    written = status.to_json()
+    assert written["packets"] == 0
+    assert written["nodes"] == [{"node": "a", "state": "Capturing", "pods": 1}]
+    assert PacketCaptureStatus.model_validate(written) == status

@@ -1,5 +1,6 @@
 """The admission stamp: what it is bound to."""
 
+import json
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -49,6 +50,20 @@ def test_a_stamp_fits_the_spec_it_was_given_for() -> None:
 def test_defaults_that_kube_apiserver_fills_in_do_not_change_the_hash() -> None:
     filled = SPEC | {"suspend": False, "snapLength": 262144, "rotation": {"maxFiles": 2, "maxFileSize": "10M"}}
     assert stamp.check(capture(filled, annotations=stamped(SPEC))).user == "u"
+
+
+def test_a_stamp_of_an_older_release_still_fits_and_its_missing_limits_have_their_defaults() -> None:
+    annotation = json.loads(stamped(SPEC)[stamp.ANNOTATION])
+    older = {"maxDuration", "maxFileSize", "maxFiles", "maxSnapLength", "maxCapturesPerNamespace"}
+    annotation["limits"] = {name: value for name, value in annotation["limits"].items() if name in older}
+    checked = stamp.check(capture(SPEC, annotations={stamp.ANNOTATION: json.dumps(annotation)}))
+    assert checked.limits.ring_size == Limits().ring_size
+    assert checked.limits.max_bytes_per_node == Limits().max_bytes_per_node
+
+
+def test_a_stamp_is_bound_to_the_interfaces() -> None:
+    with pytest.raises(stamp.StampError):
+        stamp.check(capture(SPEC | {"interfaces": ["lo"]}, annotations=stamped(SPEC)))
 
 
 @pytest.mark.parametrize(
