@@ -16,14 +16,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from agent.capturer.libpcap import FILE_HEADER_BYTES, RECORD_HEADER_BYTES, Buffer, Dump, Handle, PcapError, WriteError
+from agent.capturer.libpcap import (
+    FILE_HEADER_BYTES,
+    RECORD_HEADER_BYTES,
+    Buffer,
+    Dump,
+    Handle,
+    PcapError,
+    WriteError,
+    can_write_directly,
+)
 from agent.capturer.protocol import FileStatus, InterfaceStatus, State, Target
+from agent.capturer.wakeup import WakeUp
 from api import names
 
 BATCH: Final = 4096
 """Packets per dispatch at most: the bound of what a stop, a flush or a rotation waits for."""
 
 _BUFFER_BYTES: Final = 256 << 10
+_DIRECT_BUFFER_BYTES: Final = 1 << 20
 _FLUSH_SECONDS: Final = 1.0
 _DRAIN_SECONDS: Final = 1.0
 _DRAIN_POLL_SECONDS: Final = 0.005
@@ -78,63 +89,76 @@ class InterfaceCapture:
     """Captures one open handle into files of one directory until told to stop, or until either breaks."""
 
     def __init__(
-        self, *, target: Target, interface: str, handle: Handle, directory: int, on_change: Callable[[], None]
+        self,
+        *,
+        target: Target,
+        interface: str,
+        handle: Handle,
+        directory: int,
+        on_change: Callable[[], None],
+        before: InterfaceStatus | None = None,
     ) -> None:
         """Own `handle` and `directory` (a descriptor) from now on; both are closed at the end.
 
-        `on_change` is called in the capture's thread after `status` changed in a way that is worth telling.
+        `on_change` is called in the capture's thread after `status` changed in a way that is worth telling. `before` is
+        the last status of an interface of that name that went away; its numbers and files are gone on with.
         """
         self._target = target
         self._interface = interface
         self._handle = handle
         self._directory = directory
         self._on_change = on_change
-        self._buffer = Buffer(_BUFFER_BYTES)
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._direct: bool | None = None if target.direct else False
+        self._buffer = Buffer(_DIRECT_BUFFER_BYTES if target.direct else _BUFFER_BYTES)
+        self._wake = WakeUp()
         self._lock = threading.Lock()
-        self._wake_open = True
         self._stopping = False
         self._flush_wanted = 0
         self._flush_request: _FlushRequest | None = None
         self._last_flush = float("-inf")
         self._unflushed = False
+        self._before = before or InterfaceStatus(interface=interface, state=State.STARTING)
         self._packets = 0
         self._dropped = 0
-        self._unfiltered, _ = handle.statistics()
-        self._closed: deque[FileStatus] = deque()
+        self._counts_are_final = False
+        self._closed: deque[FileStatus] = deque(self._before.files)
         self._earlier: deque[str] = deque()
         self._sequence = 0
         self._room_due = False
         self._file: _File | None = None
         self.flushed = 0
-        self.status = InterfaceStatus(interface=interface, state=State.STARTING)
+        self._publish(State.STARTING)
         self._thread = threading.Thread(target=self._run, name=f"capture {target.pod_name} {interface}")
 
     def start(self) -> None:
         """Begin; the state is Capturing, or Failed, by the first `on_change`."""
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # the system gives no more threads
+            self._close(intact=True)
+            self._publish(State.FAILED, "OpenFailed", f"capturing on {self._interface}: {error}")
+
+    def join(self) -> None:
+        """Wait for the end, which `stop` asks for."""
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def stop(self) -> None:
         """Ask for the end: nothing more is let in, what the kernel holds is still written."""
         self._stopping = True
-        self._notify()
+        self._wake.set()
 
     def flush(self) -> int:
         """Ask that all packets seen so far reach the file; done once `flushed` is the number returned or more."""
         with self._lock:
             self._flush_wanted += 1
             wanted = self._flush_wanted
-        self._notify()
+        self._wake.set()
         return wanted
 
     @property
     def ended(self) -> bool:
         return self.status.state.ended
-
-    def _notify(self) -> None:
-        with self._lock:
-            if self._wake_open:
-                os.eventfd_write(self._wake, 1)
 
     def _run(self) -> None:
         state, reason, message = State.STOPPED, "", ""
@@ -173,8 +197,7 @@ class InterfaceCapture:
             self._keep_time()
             if not written and not self._stopping:
                 poll.poll(self._milliseconds_to_wait())
-                with contextlib.suppress(BlockingIOError):
-                    os.eventfd_read(self._wake)
+                self._wake.clear()
 
     def _batch(self) -> int:
         """Write the next waiting packets, never past the file's limit. Returns their number."""
@@ -215,8 +238,7 @@ class InterfaceCapture:
     def _answerable_flush(self, now: float) -> int | None:
         """The number of the flush that was asked for, once what the kernel held back then has been written.
 
-        The kernel hands a block over at the second tick of its timer at the latest. Of the packets that came before the
-        filter was set some were not let through, and are waited for until then.
+        The kernel hands a block over at the second tick of its timer at the latest.
         """
         if self._flush_request is None:
             if self._flush_wanted <= self.flushed:
@@ -256,29 +278,35 @@ class InterfaceCapture:
                     pass
             now = time.monotonic()
             received, dropped = self._handle.statistics()
-            # Of those that came before the filter was set nobody knows how many passed it: hence `longest`.
-            complete = self._packets >= received - dropped - self._unfiltered
-            if now >= longest or (now >= shortest and complete):
+            if now >= longest or (now >= shortest and self._packets >= received - dropped):
                 return
             time.sleep(_DRAIN_POLL_SECONDS)
 
     def _rotate(self) -> None:
-        self._flush()
+        self._flush(last=True)
         self._retire_current()
         self._make_room()
         self._open_next()
         self._publish(State.CAPTURING)
         self._on_change()
 
-    def _flush(self) -> None:
+    def _flush(self, *, last: bool = False) -> None:
         file = self._current
-        file.dump.flush()
+        if last:
+            file.dump.finish()
+        else:
+            file.dump.flush()
         file.flushed_size = file.dump.tell()
         file.flushed_packets = file.packets
         file.flushed_last_batch = file.last_batch
-        _, self._dropped = self._handle.statistics()
+        self._count_dropped()
         self._last_flush = time.monotonic()
         self._unflushed = False
+
+    def _count_dropped(self) -> None:
+        """What the kernel had no room for; at the end all that it let in and that is in no file."""
+        received, dropped = self._handle.statistics()
+        self._dropped = received - self._packets if self._counts_are_final else dropped
 
     def _find_earlier_files(self) -> None:
         """The files of this pod's interface from before: they count against `max_files` too."""
@@ -291,7 +319,8 @@ class InterfaceCapture:
                     earlier.append((sequence, name))
         earlier.sort()
         self._sequence = earlier[-1][0] + 1 if earlier else 0
-        for _, name in earlier:
+        known = {file.name for file in self._closed}
+        for name in [name for _, name in earlier if name not in known]:
             with contextlib.suppress(FileNotFoundError):
                 if os.stat(name, dir_fd=self._directory, follow_symlinks=False).st_size > FILE_HEADER_BYTES:
                     self._earlier.append(name)
@@ -318,8 +347,7 @@ class InterfaceCapture:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(name, flags, _FILE_MODE, dir_fd=self._directory)
         try:
-            duplicate = os.dup(descriptor)
-            dump = self._handle.open_dump(duplicate, self._buffer)
+            dump = self._open_dump(descriptor)
         except BaseException:
             os.close(descriptor)
             raise
@@ -327,6 +355,17 @@ class InterfaceCapture:
         self._file = _File(name, created, dump, descriptor, dropped_before=self._dropped)
         self._flush()  # the file header: an empty capture is a valid pcap from the first moment
         self._last_flush = float("-inf")  # and its first packet is to be seen at once
+
+    def _open_dump(self, descriptor: int) -> Dump:
+        if self._direct is None:
+            self._direct = can_write_directly(descriptor, self._buffer)
+            if not self._direct:
+                log.warning("%s on %s: the file system takes no O_DIRECT", self._target.id, self._interface)
+        if not self._direct:
+            return self._handle.open_dump(os.dup(descriptor), self._buffer)
+        # Not a duplicate, which would share the flag; and not by name, which could mean another file by now.
+        writer = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_CLOEXEC)
+        return self._handle.open_dump(writer, self._buffer, copies=descriptor)
 
     def _name(self, *, created: int) -> str:
         return names.file_name(
@@ -347,20 +386,22 @@ class InterfaceCapture:
         file.dump.close()
         try:
             if not intact:
+                self._packets -= file.packets - file.flushed_packets
+                self._count_dropped()
                 os.ftruncate(file.descriptor, file.flushed_size)
-                lost = file.packets - file.flushed_packets
-                self._packets -= lost
-                self._dropped += lost
         finally:
             os.close(file.descriptor)
             self._closed.append(self._file_status(file, open_=False))
 
     def _close(self, *, intact: bool) -> None:
         try:
+            self._handle.close_gate()
+            self._counts_are_final = True
+            self._count_dropped()
             if self._file is not None:
                 if intact:
                     try:
-                        self._flush()
+                        self._flush(last=True)
                     except WriteError as error:
                         log.warning("last flush of %s: %s", self._file.name, error)
                         intact = False
@@ -368,9 +409,7 @@ class InterfaceCapture:
         finally:
             self._handle.close()
             os.close(self._directory)
-            with self._lock:
-                self._wake_open = False
-                os.close(self._wake)
+            self._wake.close()
 
     def _publish(self, state: State, reason: str = "", message: str = "") -> None:
         files = list(self._closed)
@@ -381,8 +420,8 @@ class InterfaceCapture:
             state=state,
             reason=reason,
             message=message,
-            packets=self._packets,
-            dropped=self._dropped,
+            packets=self._before.packets + self._packets,
+            dropped=self._before.dropped + self._dropped,
             files=tuple(files),
         )
 

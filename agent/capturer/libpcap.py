@@ -6,8 +6,10 @@ end to end, with the GIL released. The functions are those of pcap(3PCAP) in lib
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
+import re
 import socket
 import struct
 from typing import Final
@@ -16,8 +18,14 @@ _SUCCESS: Final = 0
 _NETMASK_UNKNOWN: Final = 0xFFFFFFFF
 _PRECISION_NANO: Final = 1
 _SO_ATTACH_FILTER: Final = 26
+_NO_PROTOCOL: Final = (
+    0xFF  # below 0x600 the field of an Ethernet frame is a length, and Linux uses this value for nothing
+)
+_ALL_PROTOCOLS: Final = 3  # ETH_P_ALL
 _IOFBF: Final = 0
 _ERROR_BUFFER_SIZE: Final = 256
+_BLOCK_BYTES: Final = 4096
+_DIRECTION: Final = re.compile(r"\b(inbound|outbound)\b")
 
 FILE_HEADER_BYTES: Final = 24
 RECORD_HEADER_BYTES: Final = 16
@@ -68,6 +76,7 @@ for _library, _name, _result, _arguments in (
     (_pcap, "pcap_set_timeout", _int, (_pointer, _int)),
     (_pcap, "pcap_set_buffer_size", _int, (_pointer, _int)),
     (_pcap, "pcap_set_tstamp_precision", _int, (_pointer, _int)),
+    (_pcap, "pcap_set_protocol_linux", _int, (_pointer, _int)),
     (_pcap, "pcap_activate", _int, (_pointer,)),
     (_pcap, "pcap_setnonblock", _int, (_pointer, _int, ctypes.c_char_p)),
     (_pcap, "pcap_get_selectable_fd", _int, (_pointer,)),
@@ -102,7 +111,7 @@ class Handle:
     """
 
     def __init__(self, interface: str, *, snap_length: int, ring_bytes: int, timeout_milliseconds: int) -> None:
-        """Open `interface`, not promiscuous, with nanosecond timestamps.
+        """Open `interface`, not promiscuous, with nanosecond timestamps; nothing comes in before `open_gate`.
 
         `timeout_milliseconds` is how long the kernel may hold a packet back to fill a block of the ring.
         Raises PcapError.
@@ -111,6 +120,7 @@ class Handle:
         self._handle: int | None = _pcap.pcap_create(interface.encode(), buffer)
         if not self._handle:
             raise PcapError(_text(buffer.value))
+        self._interface = interface
         self.snap_length = snap_length
         self.timeout_milliseconds = timeout_milliseconds
         self._received = _Unwrapped()
@@ -122,6 +132,7 @@ class Handle:
                 ("timeout", timeout_milliseconds),
                 ("buffer_size", ring_bytes),
                 ("tstamp_precision", _PRECISION_NANO),
+                ("protocol_linux", _NO_PROTOCOL),
             ):
                 self._check(getattr(_pcap, f"pcap_set_{setting}")(self._handle, value))
             self._check(_pcap.pcap_activate(self._handle))
@@ -132,10 +143,14 @@ class Handle:
             raise
 
     def set_filter(self, expression: str) -> None:
-        """Let only what matches `expression` (pcap-filter(7)) into the ring from now on. Raises FilterError, PcapError.
+        """Let only what matches `expression` (pcap-filter(7)) through the gate. Raises FilterError, PcapError.
 
         Compiled for the live handle: a program compiled without one never sees VLAN tags, which Linux strips.
         """
+        if word := _DIRECTION.search(expression):
+            raise FilterError(
+                f"{word[0]!r} in a filter loses packets: libpcap can't tell it of those it filters itself"
+            )
         program = _Program()
         if _pcap.pcap_compile(self._handle, ctypes.byref(program), expression.encode(), 1, _NETMASK_UNKNOWN) < 0:
             raise FilterError(_text(_pcap.pcap_geterr(self._handle)))
@@ -143,6 +158,18 @@ class Handle:
             self._check(_pcap.pcap_setfilter(self._handle, ctypes.byref(program)))
         finally:
             _pcap.pcap_freecode(ctypes.byref(program))
+
+    def open_gate(self) -> None:
+        """Let packets in from now on, all of which are counted and have passed the filter. Raises PcapError.
+
+        libpcap would take in everything from the start, and filter what came before the filter was set by itself: then
+        nobody could tell how many of the packets counted will reach the file.
+        """
+        try:
+            with socket.socket(fileno=os.dup(self.descriptor)) as duplicate:
+                duplicate.bind((self._interface, _ALL_PROTOCOLS))
+        except OSError as error:
+            raise PcapError(f"{self._interface}: {error.strerror}") from error
 
     def close_gate(self) -> None:
         """Let nothing more into the ring; what is in it can still be dispatched.
@@ -180,8 +207,13 @@ class Handle:
             _pcap.pcap_close(self._handle)
             self._handle = None
 
-    def open_dump(self, descriptor: int, buffer: "Buffer") -> "Dump":
-        """Start a pcap file on `descriptor`, which the dump owns from now on. Raises PcapError, WriteError."""
+    def open_dump(self, descriptor: int, buffer: "Buffer", *, copies: int | None = None) -> "Dump":
+        """Start a pcap file on `descriptor`, which the dump owns from now on. Raises PcapError, WriteError.
+
+        With `copies`, another descriptor of the same file, a `DirectDump`.
+        """
+        if copies is not None:
+            return DirectDump(self._handle, descriptor, buffer, copies=copies)
         return Dump(self._handle, descriptor, buffer)
 
     def _check(self, status: int) -> None:
@@ -195,7 +227,8 @@ class Buffer:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._memory = mmap.mmap(-1, size)
+        self._memory = mmap.mmap(-1, size)  # on a page's boundary, as O_DIRECT wants it; costs nothing until it is used
+        self.view = memoryview(self._memory)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
 
 
@@ -233,11 +266,71 @@ class Dump:
         if _libc.ferror(self._file):
             raise WriteError(ctypes.get_errno() or errno.EIO)
 
+    def finish(self) -> None:
+        """Like `flush`, when no packet will follow."""
+        self.flush()
+
     def close(self) -> None:
-        """Write what waits and close. A failure here is silent, so flush first."""
+        """Write what waits and close. A failure here is silent, so finish first."""
         if self.pointer:
             _pcap.pcap_dump_close(self.pointer)
             self.pointer = None
+
+
+class DirectDump(Dump):
+    """A dump that writes whole buffers past the page cache (O_DIRECT), and yet can be read while it grows.
+
+    A flush in between can't go through the FILE, since then it would not write whole blocks any more. So it copies what
+    the FILE holds to the place where the FILE will write the same later.
+    """
+
+    def __init__(self, handle: int | None, descriptor: int, buffer: Buffer, *, copies: int) -> None:
+        """`copies` is another descriptor of the same file, opened without O_DIRECT; it stays the caller's."""
+        super().__init__(handle, descriptor, buffer)
+        self._descriptor = descriptor
+        self._copies = copies
+        self._copied = 0
+        _set_direct(descriptor, wanted=True)
+
+    def flush(self) -> None:
+        self.check()
+        written, end = os.lseek(self._descriptor, 0, os.SEEK_CUR), self.tell()
+        start = max(self._copied, written)
+        try:
+            while start < end:
+                start += os.pwrite(self._copies, self._buffer.view[start - written : end - written], start)
+        except OSError as error:
+            raise WriteError(error.errno or errno.EIO) from error
+        self._copied = end
+
+    def finish(self) -> None:
+        _set_direct(self._descriptor, wanted=False)  # the last block isn't whole
+        super().flush()
+
+    def close(self) -> None:
+        if self.pointer:
+            _set_direct(self._descriptor, wanted=False)
+        super().close()
+
+
+def can_write_directly(descriptor: int, buffer: Buffer) -> bool:
+    """Whether the file system of this empty file takes O_DIRECT, found out by a write. Raises OSError."""
+    try:
+        _set_direct(descriptor, wanted=True)
+        os.pwrite(descriptor, buffer.view[:_BLOCK_BYTES], 0)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+        return False
+    finally:
+        _set_direct(descriptor, wanted=False)
+        os.ftruncate(descriptor, 0)
+    return True
+
+
+def _set_direct(descriptor: int, *, wanted: bool) -> None:
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT if wanted else flags & ~os.O_DIRECT)
 
 
 class _Unwrapped:

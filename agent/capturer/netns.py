@@ -9,15 +9,13 @@ import contextlib
 import ctypes
 import os
 import re
-import socket
-import struct
 import threading
-from collections.abc import Callable, Collection, Iterator
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Self, TypeVar
 
-Address = IPv4Address | IPv6Address
+from agent.capturer.rtnetlink import Address, local_addresses
+
 T = TypeVar("T")
 
 _CLONE_NEWNET: Final = 0x40000000
@@ -73,27 +71,96 @@ class Namespace:
         return outcome[0]
 
 
-def open_pod(uid: str, addresses: Collection[Address], *, host: Path) -> Namespace:
+class PodNamespace(Namespace):
+    """A pod's network namespace, and one of the processes that live in it.
+
+    Whoever keeps it open watches `process` (a pidfd, readable once that process has ended) and then calls `move_on`, so
+    that the namespace of a pod that is gone is let go.
+    """
+
+    def __init__(self, descriptor: int, process: int, *, uid: str, table: "ProcessTable") -> None:
+        super().__init__(descriptor)
+        self.process = process
+        self._uid = uid
+        self._table = table
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        os.close(self.process)
+
+    def move_on(self) -> None:
+        """Watch another process of the pod in this namespace. Raises NamespaceError (`PodGone`) if there is none."""
+        mine = _identity(self._descriptor)
+        for descriptor, process in self._table.namespaces(self._uid):
+            same = _identity(descriptor) == mine
+            os.close(descriptor)
+            if same:
+                os.close(self.process)
+                self.process = process
+                return
+            os.close(process)
+        raise NamespaceError("PodGone", "no process of the pod is left in its network namespace")
+
+
+class ProcessTable:
+    """Finds the processes of pods in /proc: those that look at the same time share one reading of it."""
+
+    def __init__(self) -> None:
+        self.scans = 0
+        self._turn = threading.Condition()
+        self._scanning = False
+        self._pods: Mapping[str, Sequence[int]] = {}
+
+    def namespaces(self, uid: str) -> Iterator[tuple[int, int]]:
+        """The pod's processes: a descriptor of each one's network namespace, and a pidfd. The caller closes both."""
+        for process in self._find(uid):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError, NotADirectoryError):  # it has ended
+                found = _hold(process, uid)
+                if found is not None:
+                    yield found
+
+    def _find(self, uid: str) -> Sequence[int]:
+        """The numbers of the pod's processes, from a scan that began after the call."""
+        with self._turn:
+            # One that runs already may have passed over what began meanwhile: the next one counts.
+            wanted = self.scans + (2 if self._scanning else 1)
+            while self.scans < wanted:
+                if self._scanning:
+                    self._turn.wait()
+                    continue
+                self._scanning = True
+                self._turn.release()
+                pods: Mapping[str, Sequence[int]] = {}
+                try:
+                    pods = _scan()
+                finally:
+                    self._turn.acquire()
+                    self._scanning = False
+                    self._pods = pods
+                    self.scans += 1
+                    self._turn.notify_all()
+            return self._pods.get(uid, ())
+
+
+def open_pod(uid: str, addresses: Collection[Address], *, host: Path, table: ProcessTable) -> PodNamespace:
     """Open the network namespace of the pod with this UID and one of these addresses.
 
     `host` is the node's network namespace, which is never opened. Raises NamespaceError, OSError.
     """
     node = host.stat()
-    forbidden = (node.st_dev, node.st_ino)
     seen: set[tuple[int, int]] = set()
     on_host = False
-    for descriptor in _namespaces(uid):
-        try:
-            status = os.fstat(descriptor)
-            identity = (status.st_dev, status.st_ino)
-            if identity == forbidden:
+    for descriptor, process in table.namespaces(uid):
+        with contextlib.ExitStack() as undo:
+            namespace = undo.enter_context(PodNamespace(descriptor, process, uid=uid, table=table))
+            identity = _identity(descriptor)
+            if identity == (node.st_dev, node.st_ino):
                 on_host = True
             elif identity not in seen:
                 seen.add(identity)
-                if Namespace(descriptor).run(local_addresses) & set(addresses):
-                    return Namespace(os.dup(descriptor))
-        finally:
-            os.close(descriptor)
+                if namespace.run(local_addresses) & set(addresses):
+                    undo.pop_all()
+                    return namespace
     if seen:
         wanted = " or ".join(str(address) for address in addresses)
         raise NamespaceError("AddressNotFound", f"no network namespace of the pod holds its address {wanted}")
@@ -113,30 +180,6 @@ def pod_uid(cgroup: str) -> str | None:
     """
     uids = {uid for line in cgroup.splitlines() if (uid := _pod_uid_in_path(line.split(":", 2)[-1]))}
     return uids.pop() if len(uids) == 1 else None
-
-
-def interfaces() -> dict[str, bool]:
-    """The interfaces of this thread's network namespace that are up, each with whether it is a loopback."""
-    up, loopback = 0x1, 0x8  # IFF_UP, IFF_LOOPBACK
-    found = {}
-    for body in _netlink(_RTM_GETLINK, struct.pack("BxHiII", socket.AF_UNSPEC, 0, 0, 0, 0)):
-        index, flags = struct.unpack_from("iI", body, 4)
-        if flags & up:
-            with contextlib.suppress(OSError):  # it went between the two calls
-                found[socket.if_indextoname(index)] = bool(flags & loopback)
-    return found
-
-
-def local_addresses() -> set[Address]:
-    """The addresses of this thread's network namespace (RTM_GETADDR, rtnetlink(7))."""
-    found = set()
-    for body in _netlink(_RTM_GETADDR, struct.pack("BBBBi", socket.AF_UNSPEC, 0, 0, 0, 0)):
-        attributes = dict(_attributes(body[8:]))
-        # On a point-to-point link IFA_ADDRESS is the other end, and IFA_LOCAL ours.
-        raw = attributes.get(_IFA_LOCAL) or attributes.get(_IFA_ADDRESS)
-        if raw:
-            found.add(ip_address(raw))
-    return found
 
 
 def _enter(descriptor: int) -> None:
@@ -171,23 +214,39 @@ def _below_kubepods(parents: list[str]) -> bool:
     return len(below) < len(parents) and len(below) <= 1 and _QUALITY_OF_SERVICE.issuperset(below)
 
 
-def _namespaces(uid: str) -> Iterator[int]:
-    """Open descriptors of the network namespaces of the pod's processes; the caller closes each."""
+def _scan() -> dict[str, list[int]]:
+    """The numbers of the processes of each pod."""
+    pods: dict[str, list[int]] = {}
     for process in os.listdir("/proc"):
-        if not process.isdecimal():
-            continue
-        try:
-            # The directory held open keeps meaning this process, also when its number is given to another one.
-            directory = os.open(f"/proc/{process}", os.O_RDONLY | os.O_DIRECTORY)
-        except OSError:
-            continue  # it has ended
-        try:
-            if _pod_of(directory) == uid:
-                yield os.open("ns/net", os.O_RDONLY, dir_fd=directory)
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # it has ended
-        finally:
-            os.close(directory)
+        if process.isdecimal():
+            # Those that have ended meanwhile are in no pod any more.
+            with (
+                contextlib.suppress(OSError),
+                open(f"/proc/{process}/cgroup", encoding="utf-8", errors="replace") as file,
+            ):
+                uid = pod_uid(file.read())
+                if uid is not None:
+                    pods.setdefault(uid, []).append(int(process))
+    return pods
+
+
+def _hold(process: int, uid: str) -> tuple[int, int] | None:
+    """Descriptors of the process's network namespace and of itself, None if it is not of that pod (any more).
+
+    Its directory, held open, keeps meaning the process also when its number is given to another one; the pidfd means
+    the same one, because the process is still there when both are open. Raises OSError.
+    """
+    with contextlib.ExitStack() as undo:
+        directory = os.open(f"/proc/{process}", os.O_RDONLY | os.O_DIRECTORY)
+        undo.callback(os.close, directory)
+        watched = os.pidfd_open(process)
+        with contextlib.ExitStack() as unless_taken:
+            unless_taken.callback(os.close, watched)
+            if _pod_of(directory) != uid:
+                return None
+            namespace = os.open("ns/net", os.O_RDONLY, dir_fd=directory)
+            unless_taken.pop_all()
+            return namespace, watched
 
 
 def _pod_of(directory: int) -> str | None:
@@ -196,41 +255,6 @@ def _pod_of(directory: int) -> str | None:
         return pod_uid(file.read())
 
 
-_RTM_GETLINK: Final = 18
-_RTM_GETADDR: Final = 22
-_NLMSG_ERROR: Final = 2
-_NLMSG_DONE: Final = 3
-_NLM_F_REQUEST: Final = 0x1
-_NLM_F_DUMP: Final = 0x300
-_IFA_ADDRESS: Final = 1
-_IFA_LOCAL: Final = 2
-_HEADER: Final = struct.Struct("IHHII")
-
-
-def _netlink(kind: int, body: bytes) -> Iterator[bytes]:
-    """The bodies of all messages that answer a dump request (netlink(7)). Raises OSError."""
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as channel:
-        channel.send(_HEADER.pack(_HEADER.size + len(body), kind, _NLM_F_REQUEST | _NLM_F_DUMP, 1, 0) + body)
-        while True:
-            data = channel.recv(1 << 20)
-            while data:
-                length, received, _, _, _ = _HEADER.unpack_from(data)
-                content = data[_HEADER.size : length]
-                if received == _NLMSG_DONE:
-                    return
-                if received == _NLMSG_ERROR:
-                    number = -struct.unpack_from("i", content)[0]
-                    raise OSError(number, f"netlink: {os.strerror(number)}")
-                yield content
-                data = data[_aligned(length) :]
-
-
-def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
-    while len(data) >= 4:
-        length, kind = struct.unpack_from("HH", data)
-        yield kind, data[4:length]
-        data = data[_aligned(length) :]
-
-
-def _aligned(length: int) -> int:
-    return (length + 3) & ~3
+def _identity(namespace: int) -> tuple[int, int]:
+    status = os.fstat(namespace)
+    return status.st_dev, status.st_ino

@@ -5,6 +5,7 @@ listening socket belongs to this process, so agents that connect meanwhile wait 
 """
 
 import contextlib
+import fcntl
 import logging
 import os
 import signal
@@ -23,6 +24,7 @@ _LONGEST_PAUSE: Final = 5.0
 _STEADY_SECONDS: Final = 10.0
 _UMASK: Final = 0o007
 _END: Final = (signal.SIGTERM, signal.SIGINT)
+_LOCK_SECONDS: Final = 0.2
 
 log = logging.getLogger(__name__)
 
@@ -66,10 +68,10 @@ class Supervisor:
     def run(self) -> None:
         """Keep a worker running until SIGTERM or SIGINT, then let it close its files.
 
-        One that dies again and again is restarted after longer and longer pauses. Signals are waited for instead of
-        handled, since a handler of Python's does not run while a system call waits that began just after the signal.
+        One that dies again and again is restarted after longer and longer pauses. Signals, which the caller has
+        blocked, are waited for instead of handled, since a handler of Python's does not run while a system call waits
+        that began just after the signal.
         """
-        signal.pthread_sigmask(signal.SIG_BLOCK, {*_END, signal.SIGCHLD})
         pause = _SHORTEST_PAUSE
         while True:
             started = time.monotonic()
@@ -123,13 +125,35 @@ def open_captures(directory: Path) -> int:
     return descriptor
 
 
+def take(captures: int) -> bool:
+    """Wait until no other capturer uses the directory. Returns False when told to end meanwhile.
+
+    The lock goes with the descriptor, so a worker that outlives its supervisor still holds it.
+    """
+    told = False
+    while True:
+        try:
+            fcntl.flock(captures, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not told:
+                log.warning("another capturer uses the directory: waiting until it has ended")
+                told = True
+            if signal.sigtimedwait(_END, _LOCK_SECONDS) is not None:
+                return False
+        else:
+            return True
+
+
 def main() -> None:
     """Run the capturer."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     os.umask(_UMASK)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {*_END, signal.SIGCHLD})
     try:
         settings = Settings.parse(os.environ)
         captures = open_captures(settings.directory)
+        if not take(captures):
+            return
         listener = listen(settings.socket)
     except (SettingsError, OSError) as error:
         sys.stderr.write(f"capturer: {error}\n")

@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import ctypes
 import errno
-import functools
 import logging
 import os
 import resource
@@ -16,175 +15,40 @@ import selectors
 import signal
 import socket
 import struct
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from ipaddress import ip_address
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from agent.capturer import netns
-from agent.capturer.capture import InterfaceCapture
-from agent.capturer.libpcap import FilterError, Handle, PcapError
+from agent.capturer.netns import ProcessTable
 from agent.capturer.protocol import (
     LINE_LIMIT,
     Changed,
-    InterfaceStatus,
+    FileStatus,
     Message,
     ProtocolError,
     Reply,
     Report,
     Start,
-    State,
     Stop,
-    Target,
     TargetStatus,
     decode,
     encode,
 )
-
-TIMEOUT_MILLISECONDS: Final = 50
-"""How long the kernel may hold a packet back to fill a block: short enough for a live view, long enough to batch."""
+from agent.capturer.target import TargetCapture
 
 _PR_SET_PDEATHSIG: Final = 1
 _GOODBYE_SECONDS: Final = 1.0
 _NO_DESCRIPTOR_SECONDS: Final = 0.1
+_LONGEST_WAIT_SECONDS: Final = 1.0
+_SWITCH_SECONDS: Final = 0.0005
 _STACK_BYTES: Final = 512 << 10
 
 log = logging.getLogger(__name__)
-
-
-class TargetCapture:
-    """One target: finds the pod's namespace, then captures each of its interfaces."""
-
-    def __init__(
-        self, target: Target, *, captures: int, host_namespace: Path, on_change: Callable[[str], None]
-    ) -> None:
-        """`captures` is a descriptor of the directory that holds a directory per PacketCapture."""
-        self.target = target
-        self._started = time.time_ns()
-        self._host_namespace = host_namespace
-        self._captures = captures
-        self._on_change: Callable[[], None] = functools.partial(on_change, target.id)
-        self._lock = threading.Lock()
-        self._stopping = False
-        self._failure: tuple[str, str] | None = None
-        self._interfaces: tuple[InterfaceCapture, ...] | None = None
-        try:
-            threading.Thread(target=self._run, name=f"open {target.pod_name}").start()
-        except RuntimeError as error:  # the system gives no more threads
-            self._failure = "OpenFailed", f"opening the capture: {error}"
-
-    def stop(self) -> None:
-        """Ask every interface for its end. Harmless when repeated."""
-        with self._lock:
-            self._stopping = True
-            for interface in self._interfaces or ():
-                interface.stop()
-
-    def flush(self) -> Callable[[], bool]:
-        """Ask for a flush of every interface; the answer tells whether it was done."""
-        wanted = [(interface, interface.flush()) for interface in self._interfaces or ()]
-        return lambda: all(interface.ended or interface.flushed >= number for interface, number in wanted)
-
-    @property
-    def status(self) -> TargetStatus:
-        interfaces = tuple(interface.status for interface in self._interfaces or ())
-        state, reason, message = self._state(interfaces)
-        return TargetStatus(
-            target=self.target,
-            started=self._started,
-            state=state,
-            reason=reason,
-            message=message,
-            interfaces=interfaces,
-        )
-
-    @property
-    def settled(self) -> bool:
-        """Whether it captures, or never will."""
-        return self.status.state is not State.STARTING
-
-    @property
-    def ended(self) -> bool:
-        return self.status.state.ended
-
-    def _state(self, interfaces: tuple[InterfaceStatus, ...]) -> tuple[State, str, str]:
-        if self._failure is not None:
-            return State.FAILED, *self._failure
-        if self._interfaces is None:
-            return State.STARTING, "", ""
-        failed = next((interface for interface in interfaces if interface.state is State.FAILED), None)
-        reason, message = (failed.reason, failed.message) if failed else ("", "")
-        states = {interface.state for interface in interfaces}
-        for state in (State.STARTING, State.STOPPING, State.CAPTURING):
-            if state in states:
-                return state, reason, message
-        return State.FAILED if failed else State.STOPPED, reason, message
-
-    def _run(self) -> None:
-        try:
-            interfaces = self._open()
-            with self._lock:
-                self._interfaces = interfaces
-                for interface in interfaces:
-                    if self._stopping:
-                        interface.stop()
-                    interface.start()
-        except netns.NamespaceError as error:
-            self._failure = error.reason, str(error)
-        except FilterError as error:
-            self._failure = "FilterInvalid", f"the filter does not fit the interface: {error}"
-        except (PcapError, OSError) as error:
-            self._failure = "OpenFailed", f"opening the capture: {error}"
-        except Exception as error:
-            log.exception("opening %s", self.target.id)
-            self._failure = "InternalError", f"the capturer failed: {error!r}"
-        self._on_change()
-
-    def _open(self) -> tuple[InterfaceCapture, ...]:
-        with contextlib.ExitStack() as undo:
-            addresses = [ip_address(address) for address in self.target.pod_addresses]
-            with netns.open_pod(self.target.pod_uid, addresses, host=self._host_namespace) as namespace:
-                handles = namespace.run(lambda: self._open_handles(undo))
-            captures = []
-            for interface, handle in handles.items():
-                directory = _open_directory(self._captures, self.target.capture_uid)
-                undo.callback(os.close, directory)
-                captures.append(
-                    InterfaceCapture(
-                        target=self.target,
-                        interface=interface,
-                        handle=handle,
-                        directory=directory,
-                        on_change=self._on_change,
-                    )
-                )
-            undo.pop_all()
-            return tuple(captures)
-
-    def _open_handles(self, undo: contextlib.ExitStack) -> dict[str, Handle]:
-        """Called inside the pod's namespace."""
-        present = netns.interfaces()
-        wanted = self.target.interfaces or [name for name, loopback in present.items() if not loopback]
-        missing = [name for name in wanted if name not in present]
-        if missing or not wanted:
-            names = ", ".join(missing) or "but the loopback"
-            raise netns.NamespaceError("InterfaceNotFound", f"the pod has no interface {names} that is up")
-        handles = {}
-        for name in wanted:
-            handle = Handle(
-                name,
-                snap_length=self.target.snap_length,
-                ring_bytes=self.target.ring_bytes,
-                timeout_milliseconds=TIMEOUT_MILLISECONDS,
-            )
-            undo.callback(handle.close)
-            handle.set_filter(self.target.filter)
-            handles[name] = handle
-        return handles
 
 
 @dataclass(slots=True, eq=False)
@@ -232,14 +96,27 @@ class Worker:
     """Serves agents on a listening Unix socket until told to terminate."""
 
     def __init__(
-        self, listener: socket.socket, *, captures: int, host_namespace: Path, allowed_uids: frozenset[int]
+        self,
+        listener: socket.socket,
+        *,
+        captures: int,
+        host_namespace: Path,
+        allowed_uids: frozenset[int],
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        """`captures` is a descriptor of the directory for files; only processes of `allowed_uids` may connect."""
+        """`captures` is a descriptor of the directory for files; only processes of `allowed_uids` may connect.
+
+        `clock` gives the Unix time by which targets end.
+        """
+        self._clock = clock
+        self._began = time.time_ns()
+        self._processes = ProcessTable()
         self._host_namespace = host_namespace
         self._listener = listener
         self._captures = captures
         self._allowed_uids = allowed_uids
         self._targets: dict[str, TargetCapture] = {}
+        self._announced: dict[str, dict[str, FileStatus]] = {}
         self._waiting: list[_Waiting] = []
         self._changed: set[str] = set()
         self._lock = threading.Lock()
@@ -264,17 +141,21 @@ class Worker:
         self._selector.register(self._listener, selectors.EVENT_READ, None)
         self._selector.register(self._wake, selectors.EVENT_READ, None)
         while not (self._terminating and all(target.ended for target in self._targets.values())):
-            for key, events in self._selector.select(self._seconds_to_wait()):
-                if key.fileobj is self._listener:
-                    self._accept()
-                elif isinstance(key.data, _Connection):
-                    self._serve(key.data, events)
-                else:
-                    self._wake.recv(1 << 16)
-            self._stop_due()
-            self._announce()
-            self._answer_waiting()
+            self._turn()
         self._say_goodbye()
+
+    def _turn(self) -> None:
+        """Wait until there is something to do, and do it."""
+        for key, events in self._selector.select(self._seconds_to_wait()):
+            if key.fileobj is self._listener:
+                self._accept()
+            elif isinstance(key.data, _Connection):
+                self._serve(key.data, events)
+            else:
+                self._wake.recv(1 << 16)
+        self._stop_due()
+        self._announce()
+        self._answer_waiting()
 
     def _say_goodbye(self) -> None:
         """Tell each agent how its targets ended, for as long as it listens."""
@@ -292,11 +173,12 @@ class Worker:
             self._waker.send(b"\0")
 
     def _seconds_to_wait(self) -> float | None:
-        """Look at the clock every second while a target has an end, since the clock may be set meanwhile."""
-        return 1.0 if any(target.target.until is not None for target in self._targets.values()) else None
+        """Until the next end of a target, but a second at most: the clock may be set meanwhile."""
+        ends = [target.target.until for target in self._targets.values() if not target.ended]
+        return longest_wait([end for end in ends if end is not None], now=self._clock(), waiting=bool(self._waiting))
 
     def _stop_due(self) -> None:
-        now = time.time()
+        now = self._clock()
         for target in self._targets.values():
             if self._terminating or (target.target.until is not None and target.target.until <= now):
                 target.stop()
@@ -305,7 +187,12 @@ class Worker:
         with self._lock:
             changed, self._changed = self._changed, set()
         for target_id in changed & self._targets.keys():
-            message = Changed(target=self._targets[target_id].status)
+            status = self._targets[target_id].status
+            announced = self._announced.get(target_id, {})
+            self._announced[target_id] = {
+                file.name: file for interface in status.interfaces for file in interface.files
+            }
+            message = Changed(target=_without(status, announced))
             for connection in list(self._connections):
                 self._send(connection, message)
 
@@ -389,24 +276,27 @@ class Worker:
 
     def _start(self, connection: _Connection, message: Start) -> None:
         target = self._targets.get(message.target.id)
-        if target is not None and (target.ended or target.target != message.target):
-            self._send(connection, Reply(request=message.request, error="it has ended or differs: stop it first"))
-            return
-        if target is None:
+        if target is not None:
+            if target.ended or replace(message.target, until=target.target.until) != target.target:
+                self._answer(connection, message.request, error="it has ended or differs: stop it first")
+                return
+            target.move_end(message.target.until)
+        else:
             target = TargetCapture(
                 message.target,
                 captures=self._captures,
                 host_namespace=self._host_namespace,
+                processes=self._processes,
                 on_change=self._changed_in_thread,
             )
             self._targets[message.target.id] = target
             log.info("start %s (%s)", message.target.id, message.target.pod_name)
-        self._wait(connection, lambda: target.settled, lambda: _reply(message.request, [target]))
+        self._wait(connection, lambda: target.settled, lambda: self._reply(message.request, [target]))
 
     def _stop(self, connection: _Connection, message: Stop) -> None:
         target = self._targets.get(message.id)
         if target is None:
-            self._send(connection, Reply(request=message.request))
+            self._answer(connection, message.request)
             return
         target.stop()
         log.info("stop %s (%s)", message.id, target.target.pod_name)
@@ -414,35 +304,51 @@ class Worker:
         def forget() -> Reply:
             if self._targets.get(message.id) is target:
                 del self._targets[message.id]
-            return _reply(message.request, [target])
+                self._announced.pop(message.id, None)
+            return self._reply(message.request, [target])
 
         self._wait(connection, lambda: target.ended, forget)
 
     def _report(self, connection: _Connection, message: Report) -> None:
         ids = self._targets.keys() if message.ids is None else message.ids
         targets = [self._targets[target_id] for target_id in ids if target_id in self._targets]
-        flushes = [target.flush() for target in targets] if message.flush else []
-        self._wait(connection, lambda: all(flushed() for flushed in flushes), lambda: _reply(message.request, targets))
+        refreshed = [target.refresh(flush=message.flush) for target in targets]
+        self._wait(connection, lambda: all(done() for done in refreshed), lambda: self._reply(message.request, targets))
 
     def _wait(self, connection: _Connection, done: Callable[[], bool], answer: Callable[[], Reply]) -> None:
         self._waiting.append(_Waiting(connection, done, answer))
 
+    def _answer(self, connection: _Connection, request: int, *, error: str = "") -> None:
+        self._send(connection, Reply(request=request, error=error, worker=self._began))
 
-def _reply(request: int, targets: list[TargetCapture]) -> Reply:
-    return Reply(request=request, targets=tuple(target.status for target in targets))
+    def _reply(self, request: int, targets: list[TargetCapture]) -> Reply:
+        return Reply(request=request, targets=tuple(target.status for target in targets), worker=self._began)
+
+
+def longest_wait(ends: Sequence[float], *, now: float, waiting: bool) -> float | None:
+    """For how many seconds nothing has to be looked at, None for ever, when targets end at `ends` (Unix times).
+
+    Never more than a second while a target has an end, since the clock may be set meanwhile, or a request is `waiting`,
+    since its patience may end.
+    """
+    if not ends:
+        return _LONGEST_WAIT_SECONDS if waiting else None
+    return max(0.0, min(_LONGEST_WAIT_SECONDS, min(ends) - now))
+
+
+def _without(status: TargetStatus, announced: Mapping[str, FileStatus]) -> TargetStatus:
+    """The status with those files only that are not as announced."""
+    interfaces = (
+        replace(interface, files=tuple(file for file in interface.files if announced.get(file.name) != file))
+        for interface in status.interfaces
+    )
+    return replace(status, interfaces=tuple(interfaces))
 
 
 def _peer_uid(channel: socket.socket) -> int:
     credentials = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     _, uid, _ = struct.unpack("3i", credentials)
     return int(uid)
-
-
-def _open_directory(captures: int, capture_uid: str) -> int:
-    """Make the capture's directory if it isn't there and open it, never through a link. Raises OSError."""
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(capture_uid, dir_fd=captures)
-    return os.open(capture_uid, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=captures)
 
 
 def main() -> None:
@@ -455,6 +361,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     threading.stack_size(_STACK_BYTES)
+    sys.setswitchinterval(_SWITCH_SECONDS)  # a capture that has a batch waits no longer for a thread busy with Python
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # never outlive the supervisor
     worker = Worker(
         socket.socket(fileno=arguments.listener),
