@@ -1,0 +1,44 @@
+"""The command line of hack/bench."""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from types import FrameType
+
+from hack.benchmarks import capture
+from hack.clusters.failure import Failure
+
+BENCHMARKS = {"capture": capture}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="hack/bench", description="What kubepcap costs, measured on this machine.")
+    commands = parser.add_subparsers(dest="benchmark", metavar="NAME")
+    for name, module in BENCHMARKS.items():
+        command = commands.add_parser(name, help=module.SUMMARY, description=module.SUMMARY)
+        command.add_argument("--json", action="store_true", help="print JSON")
+        module.add_arguments(command)
+    arguments = parser.parse_args()
+    if arguments.benchmark is None:
+        parser.print_help()
+        return
+    if os.geteuid() != 0:
+        sys.exit("hack/bench: network namespaces need root")
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        outcome = BENCHMARKS[arguments.benchmark].run(arguments)
+    except (Failure, subprocess.SubprocessError) as failure:
+        sys.exit(f"hack/bench: {failure}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    print(outcome.json() if arguments.json else outcome.text())
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt  # so that what was made is removed
+
+
+if __name__ == "__main__":
+    main()
