@@ -14,7 +14,6 @@ from typing import Final, Self
 
 Address = IPv4Address | IPv6Address
 
-_RTM_DELLINK: Final = 17
 _RTM_GETLINK: Final = 18
 _RTM_GETADDR: Final = 22
 _RTMGRP_LINK: Final = 1
@@ -73,22 +72,19 @@ class Links:
         self._changes.close()
 
     def fileno(self) -> int:
-        """Readable when something changed since the last `gone`."""
+        """Readable when something changed since the last `clear`."""
         return self._changes.fileno()
 
-    def gone(self) -> list[Link]:
-        """Take note of all changes; of the links that were removed this is the last word. Raises OSError."""
-        removed: list[Link] = []
+    def clear(self) -> None:
+        """Take note of all changes. Raises OSError."""
         while True:
             try:
-                data = self._changes.recv(_RECEIVE_BYTES)
+                self._changes.recv(_RECEIVE_BYTES)
             except BlockingIOError:
-                return removed
+                return
             except OSError as error:
-                if error.errno != errno.ENOBUFS:
+                if error.errno != errno.ENOBUFS:  # some were lost; that there were any is all that matters
                     raise
-                continue  # some were lost; that there were any is all that matters
-            removed += [_link(body) for kind, body in _messages(data) if kind == _RTM_DELLINK]
 
     def present(self) -> list[Link]:
         """Raises OSError."""

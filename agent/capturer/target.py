@@ -58,7 +58,8 @@ class _Interface:
         status = self.capture.status if self.capture is not None else self.refused
         if status is None:
             raise RuntimeError("neither captured nor refused")
-        return replace(status, seen=self.seen)
+        # An interface that has gone took the counters of its last moments with it.
+        return replace(status, seen=max(self.seen, status.packets + status.dropped))
 
     @property
     def is_alive(self) -> bool:
@@ -261,9 +262,10 @@ class TargetCapture:
         return CaptureError("InterfaceNotFound", _not_found(self._missing))
 
     def _count(self, links: Links) -> list[Link]:
-        gone, present = links.gone(), links.present()
+        links.clear()
+        present = links.present()
         for interface in self._interfaces.values():
-            for link in (*gone, *present):
+            for link in present:
                 interface.count(link)
         return present
 

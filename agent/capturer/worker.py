@@ -34,6 +34,7 @@ from agent.capturer.protocol import (
     Reply,
     Report,
     Start,
+    State,
     Stop,
     TargetStatus,
     decode,
@@ -137,14 +138,29 @@ class Worker:
         # A handler of Python's does not run while a system call waits that began just after the signal; this wakes it.
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGCHLD})
+        self.open()
+        while not (self._terminating and all(target.ended for target in self._targets.values())):
+            self.turn()
+        self._say_goodbye()
+        self.close()
+
+    def open(self) -> None:
+        """Begin to listen."""
         self._listener.setblocking(False)
         self._selector.register(self._listener, selectors.EVENT_READ, None)
         self._selector.register(self._wake, selectors.EVENT_READ, None)
-        while not (self._terminating and all(target.ended for target in self._targets.values())):
-            self._turn()
-        self._say_goodbye()
 
-    def _turn(self) -> None:
+    def close(self) -> None:
+        """Leave the agents."""
+        self._selector.close()
+        for channel in (self._wake, self._waker, *(connection.channel for connection in self._connections)):
+            channel.close()
+
+    @property
+    def states(self) -> Mapping[str, State]:
+        return {target_id: target.status.state for target_id, target in self._targets.items()}
+
+    def turn(self) -> None:
         """Wait until there is something to do, and do it."""
         for key, events in self._selector.select(self._seconds_to_wait()):
             if key.fileobj is self._listener:

@@ -8,7 +8,7 @@ import pytest
 
 from agent.capturer import netns
 from agent.capturer.rtnetlink import local_addresses
-from tests.agent.world import HOST, Pod, run
+from tests.agent.world import HOST, Pod
 
 A = "0f4b1a5e-8d0c-4f5a-9a53-1d2d7a3c9b11"
 B = "7c9e6679-7425-40de-944b-e07fc1f90ae7"
