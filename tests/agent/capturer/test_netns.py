@@ -1,6 +1,8 @@
 """Which pod a process belongs to, and which network namespace may be captured for it."""
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -107,3 +109,36 @@ def test_an_unknown_pod_is_refused() -> None:
     with pytest.raises(netns.NamespaceError, match="no process of the pod") as caught:
         netns.open_pod(B, [ip_address("10.0.0.1")], host=HOST, table=netns.ProcessTable())
     assert caught.value.reason == "NamespaceNotFound"
+
+
+def test_many_that_look_at_the_same_time_share_a_scan(pod: Pod) -> None:
+    table = netns.ProcessTable()
+    begin = threading.Barrier(50)
+
+    def look() -> None:
+        begin.wait()
+        with netns.open_pod(pod.uid, [ip_address(pod.address)], host=HOST, table=table):
+            pass
+
+    with ThreadPoolExecutor(50) as threads:
+        for outcome in [threads.submit(look) for _ in range(50)]:
+            outcome.result()
+    assert 1 <= table.scans < 25
+
+
+def test_a_look_that_begins_later_sees_what_began_meanwhile(pod: Pod) -> None:
+    table = netns.ProcessTable()
+    with pytest.raises(netns.NamespaceError):
+        netns.open_pod(B, [ip_address(pod.address)], host=HOST, table=table)
+    pod.become(B)
+    with netns.open_pod(B, [ip_address(pod.address)], host=HOST, table=table):
+        pass
+    assert table.scans == 2
+
+
+def test_a_process_that_took_the_number_of_another_is_not_taken_for_it(
+    pod: Pod, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(netns, "_scan", lambda: {B: [pod.process.pid, 2**22 - 1]})  # what was read before it changed
+    with pytest.raises(netns.NamespaceError, match="no process of the pod"):
+        netns.open_pod(B, [ip_address(pod.address)], host=HOST, table=netns.ProcessTable())
