@@ -7,10 +7,10 @@ import subprocess
 import sys
 from types import FrameType
 
-from hack.benchmarks import capture
+from hack.benchmarks import capture, scale
 from hack.clusters.failure import Failure
 
-BENCHMARKS = {"capture": capture}
+BENCHMARKS = {"capture": capture, "scale": scale}
 
 
 def main() -> None:

@@ -1,0 +1,437 @@
+"""`hack/bench scale`: a thousand nodes report a hundred captures to a real kube-apiserver and the real leader."""
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Final
+
+from api import stamp
+from api.capturepolicy import Limits
+from api.packetcapture import PacketCaptureSpec
+from hack.benchmarks import process
+from hack.benchmarks.fleet import NAMESPACE, node_name
+from hack.benchmarks.machine import Machine
+from hack.benchmarks.outcome import Cell, Goal, Outcome
+from hack.clusters.api import Api
+from hack.clusters.bare import BareControlPlane, bare_control_plane
+from hack.clusters.binaries import HACK
+from hack.clusters.failure import Failure
+from hack.clusters.kubectl import Kubectl
+from kube.client import CAPTURENODES, NAMESPACES, NODES, PACKETCAPTURES, PODS, Client, Json, Resource
+from kube.status import StatusError
+from kube.watch import Cache
+
+SUMMARY: Final = "time and API writes until a hundred captures' statuses are right with a thousand nodes"
+METHOD: Final = (
+    "kube-apiserver, etcd and our leader as they are; of the agents all but capturing, in {processes} processes, with "
+    "{watches} watches of captures and of pods besides.\n"
+    "Everything shares this machine's cores, which in a cluster the agents would not. Writes are those of kubepcap, "
+    "not the benchmark's own of pods, nodes and captures."
+)
+
+PROJECT: Final = HACK.parent
+SERVICEACCOUNTS: Final = Resource("", "v1", "serviceaccounts", "ServiceAccount", namespaced=True)
+AGENT: Final = "system:serviceaccount:kubepcap:kubepcap-agent"
+CONTROLLER: Final = "system:serviceaccount:kubepcap:kubepcap-controller"
+ACCOUNTS: Final = ("system:serviceaccounts", "system:serviceaccounts:kubepcap", "system:authenticated")
+
+_LONGEST_SECONDS: Final = 30.0
+_MOST_WRITES: Final = 200
+_MOST_LEADER_MEMORY: Final = 300_000_000
+_PATIENCE: Final = 300.0
+_AT_ONCE: Final = 50
+_WRITES: Final = frozenset({"POST", "PUT", "PATCH", "APPLY", "DELETE"})
+_OF_THE_BENCHMARK: Final = frozenset({"pods", "nodes", "namespaces", "serviceaccounts", "clusterrolebindings"})
+
+
+@dataclass(frozen=True, slots=True)
+class Right:
+    """What a capture's status must say."""
+
+    pods: int
+    nodes: int
+
+    def fits(self, status: Json) -> bool:
+        reported = len(status.get("nodes") or ()) + status.get("moreNodes", 0)
+        return (status.get("phase"), status.get("pods"), reported) == ("Capturing", self.pods, self.nodes)
+
+
+def writes(metrics: str) -> dict[str, int]:
+    """Successful writes of kubepcap's programs by resource, out of kube-apiserver's own metrics."""
+    found: dict[str, int] = {}
+    for match in re.finditer(r"^apiserver_request_total\{([^}]*)\} (\S+)$", metrics, re.MULTILINE):
+        labels = dict(re.findall(r'(\w+)="([^"]*)"', match[1]))
+        resource = "/".join(filter(None, (labels["resource"], labels["subresource"])))
+        by_the_benchmark = labels["resource"] in _OF_THE_BENCHMARK or (resource, labels["verb"]) == (
+            "packetcaptures",
+            "POST",
+        )
+        if labels["verb"] in _WRITES and labels["code"].startswith("2") and not by_the_benchmark:
+            found[resource] = found.get(resource, 0) + int(float(match[2]))
+    return found
+
+
+@dataclass(slots=True)
+class Sampler:
+    """Asks kube-apiserver every second how much was written."""
+
+    api: Api
+    samples: list[tuple[float, dict[str, int]]] = field(default_factory=list)
+
+    async def run(self) -> None:
+        while True:
+            await self.sample()
+            await asyncio.sleep(1)
+
+    async def sample(self) -> None:
+        metrics = await asyncio.to_thread(self.api.get, "/metrics")
+        self.samples.append((time.monotonic(), writes(metrics)))
+
+    def between(self, start: float, end: float) -> tuple[dict[str, int], float]:
+        """Writes by resource, and those of all resources in the busiest second."""
+        inside = [sample for sample in self.samples if start <= sample[0] <= end]
+        if len(inside) < 2:
+            return {}, 0.0
+        first, last = inside[0][1], inside[-1][1]
+        total = {resource: last[resource] - first.get(resource, 0) for resource in last}
+        rates = [
+            (sum(after.values()) - sum(before.values())) / (at_after - at_before)
+            for (at_before, before), (at_after, after) in itertools.pairwise(inside)
+        ]
+        return {resource: number for resource, number in total.items() if number}, max(rates)
+
+
+@dataclass(slots=True)
+class World:
+    """A control plane with nodes and pods, our leader, and the agents."""
+
+    client: Client
+    sampler: Sampler
+    api_pid: int
+    leader_pid: int
+    fleet_pids: list[int]
+    statuses: Cache[Json]
+    nodes: int
+    captures: int
+
+    async def wait_for(self, right: Right) -> None:
+        await eventually(
+            "all statuses are right",
+            lambda: (
+                len(self.statuses.objects) == self.captures
+                and all(right.fits(status) for status in self.statuses.objects.values())
+            ),
+        )
+
+    def cpu(self) -> tuple[float, float, float]:
+        """CPU seconds so far of kube-apiserver, of the leader, and of what stands for the agents."""
+        fleet = sum(process.cpu_seconds(pid) for pid in self.fleet_pids)
+        return process.cpu_seconds(self.api_pid), process.cpu_seconds(self.leader_pid), fleet
+
+    async def phase(self, name: str, work: Callable[[], Awaitable[None]]) -> dict[str, Cell]:
+        """Do the work, and say what it cost."""
+        print(f"{name}…", file=sys.stderr, flush=True)
+        await self.sampler.sample()
+        start, before = self.sampler.samples[-1][0], self.cpu()
+        await work()
+        seconds = time.monotonic() - start
+        await self.sampler.sample()
+        after = self.cpu()
+        written, busiest = self.sampler.between(start, time.monotonic())
+        api, leader, fleet = (round(end - begin, 1) for begin, end in zip(before, after, strict=True))
+        return {
+            "phase": name,
+            "seconds": round(seconds, 1),
+            "writes": sum(written.values()),
+            "writes/s": round(sum(written.values()) / seconds, 1),
+            "busiest second": round(busiest),
+            "kube-apiserver CPU s": api,
+            "its RSS MiB": process.peak_rss(self.api_pid) >> 20,
+            "leader CPU s": leader,
+            "leader RSS MiB": process.peak_rss(self.leader_pid) >> 20,
+            "agents CPU s": fleet,
+            "by resource": ", ".join(f"{resource} {number}" for resource, number in sorted(written.items())),
+        }
+
+
+async def eventually(what: str, condition: Callable[[], bool]) -> None:
+    """Wait until it is so. Raises Failure when that takes too long."""
+    deadline = time.monotonic() + _PATIENCE
+    while not condition():
+        if time.monotonic() > deadline:
+            raise Failure(f"waited {_PATIENCE:.0f} s in vain until {what}")
+        await asyncio.sleep(0.05)
+
+
+async def concurrently(work: Iterable[Callable[[], Awaitable[object]]]) -> None:
+    """Do all of it, so many at once."""
+    gate = asyncio.Semaphore(_AT_ONCE)
+
+    async def one(each: Callable[[], Awaitable[object]]) -> None:
+        async with gate:
+            await each()
+
+    async with asyncio.TaskGroup() as tasks:
+        for number, each in enumerate(work):
+            tasks.create_task(one(each), name=f"{number}")
+
+
+def capture(name: str) -> Json:
+    """A PacketCapture with the stamp that the webhook would have given it."""
+    spec = {"selector": "app == 'web'"}
+    given = stamp.Stamp(
+        user="bench",
+        policy="bench",
+        limits=Limits(max_captures_per_namespace=10_000, max_duration=timedelta(days=1)),
+        namespace=NAMESPACE,
+        spec_hash=stamp.spec_hash(PacketCaptureSpec.model_validate(spec)),
+    )
+    metadata = {"name": name, "annotations": {stamp.ANNOTATION: given.to_annotation()}}
+    return {
+        "apiVersion": PACKETCAPTURES.api_version,
+        "kind": PACKETCAPTURES.kind,
+        "metadata": metadata,
+        "spec": spec,
+    }
+
+
+async def create_pod(client: Client, index: int, number: int, *, app: str) -> None:
+    """The object of a running pod. No kubelet looks at it."""
+    name = pod_name(index, number)
+    body = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "labels": {"app": app}},
+        "spec": {
+            "nodeName": node_name(index),
+            "containers": [{"name": "c", "image": "none.invalid/none"}],
+            "automountServiceAccountToken": False,
+            "tolerations": [{"operator": "Exists"}],
+        },
+    }
+    await client.create(PODS, body, namespace=NAMESPACE)
+    address = f"10.{128 + number}.{index // 250}.{1 + index % 250}"
+    status = {"phase": "Running", "podIP": address, "podIPs": [{"ip": address}]}
+    await client.patch(PODS, name, {"status": status}, namespace=NAMESPACE, subresource="status")
+
+
+def pod_name(index: int, number: int) -> str:
+    return f"web-{index:04}-{number}"
+
+
+async def populate(client: Client, nodes: int) -> None:
+    """Namespaces, nodes, and two pods on each, one of which is matched."""
+    for name in ("kubepcap", NAMESPACE):
+        await client.create(NAMESPACES, {"metadata": {"name": name}})
+    await client.create(SERVICEACCOUNTS, {"metadata": {"name": "default"}}, namespace=NAMESPACE)
+    await concurrently(
+        lambda index=index: client.create(NODES, {"metadata": {"name": node_name(index)}})  # type: ignore[misc]
+        for index in range(nodes)
+    )
+    await concurrently(
+        lambda index=index, number=number, app=app: create_pod(client, index, number, app=app)  # type: ignore[misc]
+        for index in range(nodes)
+        for number, app in enumerate(("web", "other"))
+    )
+
+
+@contextlib.contextmanager
+def program(log: Path, *command: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """One of our programs as a process that lives as long as the block."""
+    with log.open("wb") as output:
+        started = subprocess.Popen(
+            ["setpriv", "--pdeathsig=KILL", "--", sys.executable, "-m", *command],
+            cwd=PROJECT,
+            env=os.environ | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        yield started
+    finally:
+        started.terminate()
+        try:
+            started.wait(10)
+        except subprocess.TimeoutExpired:
+            started.kill()
+            started.wait()
+
+
+@asynccontextmanager
+async def world(plane: BareControlPlane, arguments: argparse.Namespace) -> AsyncIterator[World]:
+    """All of it, once every agent has said that it is there."""
+    kubectl = Kubectl(plane.kubeconfig)
+    crds = f"--filename={PROJECT / 'manifests' / 'crds'}"
+    kubectl("apply", crds)
+    kubectl("wait", "--for=condition=Established", crds, "--timeout=30s")
+    for user in (AGENT, CONTROLLER):
+        name = f"bench-{user.rpartition(':')[2]}"
+        kubectl("create", "clusterrolebinding", name, "--clusterrole=cluster-admin", f"--user={user}")
+    agents, controller = (str(plane.kubeconfig_for(user, *ACCOUNTS)) for user in (AGENT, CONTROLLER))
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(Client.connect(user_agent="bench", kubeconfig=plane.kubeconfig))
+        print(f"{arguments.nodes} nodes with two pods each…", file=sys.stderr, flush=True)
+        await populate(client, arguments.nodes)
+        leader = stack.enter_context(
+            program(
+                plane.directory / "controller.log",
+                "controller",
+                KUBECONFIG=controller,
+                POD_NAME="bench",
+                POD_NAMESPACE="kubepcap",
+                HEALTH_PORT=str(_free_port()),
+            )
+        )
+        share = -(-arguments.nodes // arguments.processes)
+        shares: list[tuple[int, int, list[str]]] = [
+            (first, min(share, arguments.nodes - first), []) for first in range(0, arguments.nodes, share)
+        ]
+        if arguments.watches:
+            shares.append((0, arguments.watches, ["--listen"]))
+        members = [
+            stack.enter_context(
+                program(
+                    plane.directory / f"fleet-{number}.log",
+                    "hack.benchmarks.fleet",
+                    f"--kubeconfig={agents}",
+                    f"--first={first}",
+                    f"--count={count}",
+                    *options,
+                )
+            )
+            for number, (first, count, options) in enumerate(shares)
+        ]
+        tasks = await stack.enter_async_context(asyncio.TaskGroup())
+        statuses = Cache(client, PACKETCAPTURES, lambda document: document.get("status") or {})
+        present = Cache(client, CAPTURENODES, lambda document: document["metadata"]["name"], metadata_only=True)
+        sampler = Sampler(Api(plane.kubeconfig))
+        background = [
+            tasks.create_task(each.run(), name=name)
+            for name, each in (("statuses", statuses), ("nodes", present), ("samples", sampler))
+        ]
+        try:
+            await eventually("every agent reports", lambda: len(present.objects) == arguments.nodes)
+            await eventually("statuses can be followed", lambda: statuses.is_synced)
+            await asyncio.sleep(3)  # the listeners' handshakes
+            for member in [leader, *members]:
+                if member.poll() is not None:
+                    raise Failure("a program ended", log=plane.directory / "controller.log")
+            yield World(
+                client=client,
+                sampler=sampler,
+                api_pid=_child("kube-apiserver"),
+                leader_pid=leader.pid,
+                fleet_pids=[member.pid for member in members],
+                statuses=statuses,
+                nodes=arguments.nodes,
+                captures=arguments.captures,
+            )
+        finally:
+            for task in background:
+                task.cancel()
+
+
+async def measure(plane: BareControlPlane, arguments: argparse.Namespace, outcome: Outcome) -> None:
+    """Create, let counters count, change all pods."""
+    nodes, captures = arguments.nodes, arguments.captures
+    async with world(plane, arguments) as made:
+
+        async def create() -> None:
+            await concurrently(
+                lambda number=number: made.client.create(  # type: ignore[misc]
+                    PACKETCAPTURES, capture(f"capture-{number:03}"), namespace=NAMESPACE
+                )
+                for number in range(captures)
+            )
+            await made.wait_for(Right(pods=nodes, nodes=nodes))
+
+        async def change() -> None:
+            patch = {"metadata": {"labels": {"app": "web"}}}
+            await concurrently(
+                lambda index=index: made.client.patch(  # type: ignore[misc]
+                    PODS, pod_name(index, 1), patch, namespace=NAMESPACE
+                )
+                for index in range(nodes)
+            )
+            await made.wait_for(Right(pods=2 * nodes, nodes=nodes))
+
+        async def count() -> None:
+            await asyncio.sleep(arguments.steady)
+
+        created = await made.phase(f"{captures} captures created", create)
+        steady = await made.phase("counters only", count)
+        changed = await made.phase("all pods changed", change)
+        again = await made.phase("counters only, after", count)
+        outcome.rows += [created, steady, changed, again]
+        outcome.goals += goals(outcome.rows, leader_memory=process.peak_rss(made.leader_pid))
+
+
+def goals(rows: list[Mapping[str, Cell]], *, leader_memory: int) -> list[Goal]:
+    """What is promised."""
+    found = []
+    for row in (rows[0], rows[2]):
+        seconds = float(str(row["seconds"]))
+        text = f"statuses right in under {_LONGEST_SECONDS:.0f} s ({row['phase']})"
+        found.append(Goal(text, f"{seconds} s", seconds < _LONGEST_SECONDS))
+    busiest = max(float(str(row["busiest second"])) for row in rows)
+    found.append(Goal(f"under {_MOST_WRITES} writes in any second", f"{busiest:.0f}", busiest < _MOST_WRITES))
+    memory = f"{leader_memory / 1e6:.0f} MB"
+    found.append(Goal("leader under 300 MB", memory, leader_memory < _MOST_LEADER_MEMORY))
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nodes", type=int, default=1000, help="agents (default: 1000)")
+    parser.add_argument("--captures", type=int, default=100, help="captures, each matching a pod of every node")
+    parser.add_argument("--processes", type=int, default=2, help="that the agents share (default: 2)")
+    parser.add_argument("--watches", type=int, default=None, help="watches beside them (default: one for each agent)")
+    parser.add_argument("--steady", type=float, default=40, help="seconds in which only counters change (default: 40)")
+    parser.add_argument("--keep-logs", type=Path, default=None, help="a directory for the programs' logs")
+
+
+def run(arguments: argparse.Namespace) -> Outcome:
+    """Measure. Raises Failure."""
+    if arguments.watches is None:
+        arguments.watches = arguments.nodes
+    method = METHOD.format(processes=arguments.processes, watches=arguments.watches)
+    outcome = Outcome("hack/bench scale", Machine.describe(), f"{method} {arguments.nodes} nodes.")
+    with contextlib.ExitStack() as stack:
+        directory = arguments.keep_logs or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kubepcap-")))
+        directory.mkdir(parents=True, exist_ok=True)
+        plane = stack.enter_context(bare_control_plane(directory))
+        try:
+            asyncio.run(measure(plane, arguments, outcome))
+        except* StatusError as group:
+            raise Failure(f"kube-apiserver refused: {group.exceptions[0]}") from group
+        except* Failure as group:
+            raise Failure(str(group.exceptions[0])) from group
+    return outcome
+
+
+def _child(name: str) -> int:
+    """The process of this name that this one has started."""
+    for task in Path("/proc/self/task").iterdir():
+        for pid in task.joinpath("children").read_text().split():
+            if Path(f"/proc/{pid}/comm").read_text().strip() == name:
+                return int(pid)
+    raise Failure(f"{name} does not run")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
