@@ -11,7 +11,7 @@ import pytest
 from scapy.utils import RawPcapReader
 
 from agent.capturer.protocol import State
-from tests.agent.world import HEADERS, PORT, Capturer, Pod, eventually, make_pod, run, send
+from tests.agent.world import HEADERS, PORT, Capturer, Pod, eventually, make_pod, send
 
 
 def packets_in(path: Path) -> int:
@@ -131,16 +131,6 @@ def test_a_file_may_grow_older_than_poll_can_wait(pod: Pod, capturer: Capturer) 
     assert (status.state, status.interfaces[0].packets) == (State.CAPTURING, 10)
 
 
-def test_a_file_is_turned_over_by_age_without_further_traffic(pod: Pod, capturer: Capturer) -> None:
-    target = pod.target(max_file_age_seconds=1, max_files=10)
-    capturer.start(target)
-    pod.receive(5)
-    eventually(lambda: len(capturer.files(target)) == 2)
-    capturer.stop(target)
-    first, second = capturer.files(target)
-    assert (packets_in(first), packets_in(second)) == (5, 0)
-
-
 def test_a_capture_that_saw_nothing_is_a_valid_empty_file(pod: Pod, capturer: Capturer) -> None:
     target = pod.target()
     capturer.start(target)
@@ -166,16 +156,6 @@ def test_a_flush_makes_all_packets_readable_up_to_the_size_told(pod: Pod, captur
     assert 24 <= file.last_batch_offset < file.size
 
 
-def test_packets_reach_the_disk_without_being_asked_for(pod: Pod, capturer: Capturer) -> None:
-    target = pod.target()
-    capturer.start(target)
-    (file,) = capturer.files(target)
-    pod.receive(1)
-    eventually(lambda: file.stat().st_size > 24)
-    pod.receive(1)
-    eventually(lambda: packets_in(file) == 2)
-
-
 def test_a_snap_length_cuts_packets_and_keeps_their_length(pod: Pod, capturer: Capturer) -> None:
     target = pod.target(snap_length=60)
     capturer.start(target)
@@ -194,29 +174,6 @@ def test_the_loopback_is_captured_on_request(pod: Pod, capturer: Capturer) -> No
     (file,) = capturer.files(target)
     assert "_lo-" in file.name
     assert packets_in(file) == 7
-
-
-def test_an_interface_that_goes_ends_the_capture_and_keeps_its_packets(pod: Pod, capturer: Capturer) -> None:
-    target = pod.target()
-    capturer.start(target)
-    pod.receive(100)
-    run("ip", "-n", pod.peer, "link", "del", "peer0")
-    status = capturer.next_state(State.FAILED)
-    assert status.reason == "InterfaceFailed"
-    assert "eth0" in status.message
-    assert packets_in(capturer.files(target)[0]) == 100 == status.interfaces[0].packets
-
-
-def test_a_stopped_capture_does_not_pin_the_pods_namespace(pod: Pod, capturer: Capturer) -> None:
-    target = pod.target()
-    capturer.start(target)
-    capturer.stop(target)
-    namespace = Path(f"/run/netns/{pod.namespace}").stat().st_ino
-    worker = Path(f"/proc/{capturer.worker_pid()}/task")
-    assert all(task.joinpath("ns/net").stat().st_ino != namespace for task in worker.iterdir())
-    open_files = [os.readlink(entry) for entry in worker.parent.joinpath("fd").iterdir()]
-    assert not [name for name in open_files if "pcap" in name or name.startswith("net:")]
-    assert not [name for name in open_files if "socket" in name][4:]  # the listener, this connection, the wake-up pair
 
 
 @pytest.mark.parametrize(
@@ -287,33 +244,6 @@ class TestWorkerDeath:
         pod.receive(500)
         capturer.close()
         assert packets_in(capturer.files(target)[0]) == 500
-
-
-class TestFullDisk:
-    @pytest.fixture
-    def small_disk(self, tmp_path: Path) -> Path:
-        run("mount", "-t", "tmpfs", "-o", "size=1m", "kpc-test", str(tmp_path))
-        return tmp_path
-
-    def test_a_full_disk_stops_the_capture_and_leaves_a_valid_file(self, pod: Pod, small_disk: Path) -> None:
-        capturer = Capturer(small_disk)
-        try:
-            target = pod.target()
-            capturer.start(target)
-            os.kill(capturer.worker_pid(), signal.SIGSTOP)  # so that all of it has come when the disk fills
-            pod.receive(3000, size=1000)
-            os.kill(capturer.worker_pid(), signal.SIGCONT)
-            status = capturer.next_state(State.FAILED)
-            assert status.reason == "WriteFailed"
-            assert "No space left on device" in status.message
-            ((interface,),) = (status.interfaces for status in capturer.report())
-            (file,) = capturer.files(target)
-            assert file.stat().st_size == interface.files[0].size
-            assert packets_in(file) == interface.packets == interface.files[0].packets
-            assert interface.packets + interface.dropped == 3000
-        finally:
-            capturer.close()
-            run("umount", str(small_disk))
 
 
 def test_three_capabilities_are_enough(pod: Pod, tmp_path: Path) -> None:

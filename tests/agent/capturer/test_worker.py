@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.capturer.protocol import FileStatus, Reply, Report, State, Stop, encode
+from agent.capturer.protocol import FileStatus, Message, Reply, Report, State, Stop, encode
 from agent.capturer.supervisor import open_captures
 from tests.agent.world import HOST, Capturer, Pod, eventually
 
@@ -56,8 +56,9 @@ def test_many_stops_at_once_hold_up_nobody(pod: Pod, capturer: Capturer) -> None
     for target in targets:
         assert capturer.start(target).state is State.CAPTURING
     pod.receive(10)
-    requests = [Stop(request=2000 + number, id=target.id) for number, target in enumerate(targets)]
-    capturer._channel.sendall(b"".join(map(encode, [*requests, Report(request=3000, ids=())])))
+    requests: list[Message] = [Stop(request=2000 + number, id=target.id) for number, target in enumerate(targets)]
+    requests.append(Report(request=3000, ids=()))
+    capturer._channel.sendall(b"".join(map(encode, requests)))
     order: list[int] = []
     packets: dict[str, int] = {}
     while len(order) < 101:
