@@ -6,6 +6,7 @@ from datetime import timedelta
 
 from controller.bundles import Bundles
 from controller.captures import Captures
+from controller.events import Events
 from controller.leadership import lead
 from controller.policies import create_missing
 from controller.signer import Signer
@@ -57,9 +58,11 @@ async def work(client: Client, settings: Settings) -> None:
     """All of the leader's work, until cancelled. A part that fails ends it, and the process with it."""
     bundles = Bundles(client, namespace=settings.namespace)
     signer = Signer(client, namespace=settings.namespace, authority=lambda: bundles.authority)
-    captures = Captures(client, counters_interval=settings.counters_interval)
+    events = Events(client, instance=settings.pod)
+    captures = Captures(client, events=events, counters_interval=settings.counters_interval)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(captures.run(), name="captures")
+        tasks.create_task(events.run(), name="events")
         tasks.create_task(bundles.run(), name="bundles")
         tasks.create_task(create_missing(client, namespace=settings.namespace), name="policies")
         await bundles.published.wait()

@@ -1,38 +1,44 @@
 """The leader's work on captures: it admits them, writes their status, which nobody else does, and deletes what is over.
 
-Each pass looks at everything. A capture with which something is wrong is passed over, and logged; the others go on.
+Each pass looks at the captures about which something changed, and at those whose time has come. One with which
+something is wrong is passed over, and logged; the others go on.
 """
 
 import asyncio
 import logging
 import time
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import NoReturn
 
 from pydantic import ValidationError
 
-from api.capturenode import CaptureNode
 from api.object import ObjectMeta, explain
 from api.packetcapture import PacketCapture, PacketCaptureStatus
+from controller import reports
+from controller.agenda import Agenda
+from controller.events import Events, started_by, transitions
 from controller.expiry import goes_at
-from controller.quota import admit
-from controller.summary import Report, outline, silent_since, summarize, unreadable
+from controller.quota import Admission, admit
+from controller.reports import Changed, Reports
+from controller.summary import headline, outline, settles_at, summarize, unreadable
 from kube.client import CAPTURENODES, PACKETCAPTURES, Client, Json
 from kube.status import StatusError
-from kube.watch import Cache, Signal
+from kube.watch import Cache, Key, Signal
 
 _log = logging.getLogger(__name__)
 
-_RETRY = 5.0
+_RETRY = timedelta(seconds=5)
 _LONGEST_PAUSE = 30.0
 """Seconds; after that, silence of agents is noticed at the latest."""
 _GATHER = 0.1
 """Seconds in which changes that come together become one pass."""
 _REST = 3.0
 """Pauses for each second of computing, so that many reports of many nodes take a quarter of a core at most."""
+_SPACING_PER_AGENT = timedelta(milliseconds=10)
+_NODES_PER_PAGE = 50
+"""A CaptureNode may hold hundreds of captures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +71,21 @@ def write_at(
     wanted: PacketCaptureStatus,
     *,
     last: datetime | None,
+    spacing: timedelta,
     counters_interval: timedelta,
     now: datetime,
 ) -> datetime | None:
     """When the status is to be written, `last` being the last time that it was; None when there is nothing new.
 
-    Every write reaches every agent, so what merely counts up waits.
+    Every write reaches every agent. So what changes for the capture as a whole is written at once, what changes on its
+    nodes `spacing` apart, and what merely counts up at longer intervals.
     """
-    if wanted.to_json() == written.to_json():
+    if wanted == written:
         return None
-    if last is None or outline(wanted).to_json() != outline(written).to_json():
+    if last is None or headline(wanted) != headline(written):
         return now
-    return max(now, last + counters_interval)
+    interval = spacing if outline(wanted) != outline(written) else counters_interval
+    return max(now, min(last, now) + interval)
 
 
 class Captures:
@@ -86,16 +95,23 @@ class Captures:
         self,
         client: Client,
         *,
+        events: Events,
         counters_interval: timedelta,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._client = client
+        self._events = events
         self._counters_interval = counters_interval
         self._clock = clock
         self._signal = Signal()
-        self._captures = Cache(client, PACKETCAPTURES, read, on_change=lambda _: self._signal.set())
-        self._nodes = Cache(client, CAPTURENODES, CaptureNode.model_validate, on_change=lambda _: self._signal.set())
+        self._captures = Cache(client, PACKETCAPTURES, read, on_change=self._capture_changed)
+        self._nodes = Cache(client, CAPTURENODES, reports.read, on_change=self._node_changed, page=_NODES_PER_PAGE)
+        self._reports = Reports()
+        self._agenda = Agenda()
         self._admitted: set[str] | None = None
+        self._admissions: Mapping[str, Admission] = {}
+        self._admissions_until: datetime | None = None
+        self._passed_at: datetime | None = None
         self._written: dict[str, Known] = {}
         self._written_at: dict[str, datetime] = {}
 
@@ -113,42 +129,71 @@ class Captures:
                 await self._signal.wait(pause)
         raise AssertionError
 
+    def _capture_changed(self, key: Key) -> None:
+        capture = self._captures.objects.get(key)
+        if capture is not None:
+            written = self._written.get(capture.metadata.uid)
+            if written is not None and _version(written) == _version(capture):
+                return  # we know: we wrote it
+            self._agenda.touch([capture.metadata.uid])
+        self._admissions_until = None
+        self._signal.set()
+
+    def _node_changed(self, key: Key) -> None:
+        """Keep what the node says; what merely counts up waits until the status may be written again."""
+        now = self._clock()
+        report = self._nodes.get(key.name)
+        spoke = self._reports.agents > 0
+        changed = self._reports.put(report, now) if report is not None else self._reports.remove(key.name)
+        self._note(changed, now)
+        if spoke != (self._reports.agents > 0):
+            self._touch_all()
+        self._signal.set()
+
+    def _touch_all(self) -> None:
+        self._agenda.touch(capture.metadata.uid for capture in self._captures.objects.values())
+
+    def _note(self, changed: Changed, now: datetime) -> None:
+        self._agenda.touch(changed.states)
+        for uid in changed.numbers:
+            self._agenda.schedule(uid, min(self._written_at.get(uid, now), now) + self._counters_interval)
+
     async def _pass(self) -> float:
-        """Bring every status up to date; returns the seconds until time alone changes something."""
-        now = self._clock().replace(microsecond=0)
+        """Bring what is due up to date; returns the seconds until time alone changes something."""
+        now = self._clock()
+        if self._passed_at is not None and now < self._passed_at:
+            self._admissions_until = None  # the clock was set back: what ended may not have
+        self._passed_at = now
         known = self._newest()
-        captures = [capture for capture in known if isinstance(capture, PacketCapture)]
-        # The leader remembers whom it admitted: its cache may be behind its own writes.
-        if self._admitted is None:
-            self._admitted = {capture.metadata.uid for capture in captures if _is_admitted(capture)}
-        admissions = admit(captures, already=self._admitted, now=now)
-        self._admitted = {uid for uid, admission in admissions.items() if admission.admitted}
-        reports, agents = self._reports(now)
-        moments = [now + timedelta(seconds=_LONGEST_PAUSE)]
-        for capture in known:
-            uid = capture.metadata.uid
+        self._note(self._reports.listen(now), now)
+        self._admit(known, now)
+        for uid in self._agenda.take(known.keys(), now):
+            capture = known[uid]
             try:
-                if isinstance(capture, Unreadable):
-                    status = unreadable(
-                        capture.status, message=capture.message, generation=capture.metadata.generation, now=now
-                    )
-                else:
-                    admission = admissions[uid]
-                    going = goes_at(capture, admission)
-                    if going is not None and going <= now:
-                        await self._delete(capture)
-                        continue
-                    moments += [moment for moment in (capture.spec.start_time, admission.ends, going) if moment]
-                    status = summarize(capture, admission, reports[uid], agents=agents, now=now)
-                if (again_at := await self._write(capture, status, now)) is not None:
-                    moments.append(again_at)
+                for moment in await self._attend(capture, now):
+                    if moment > now:
+                        self._agenda.schedule(uid, moment)
             except StatusError as error:
                 if error.code not in (404, 409):  # it changed or went meanwhile: the cache will tell
                     _log.warning("%s: %s", _named(capture), error.message)
-                moments.append(now + timedelta(seconds=_RETRY))
-        return min((moment - now).total_seconds() for moment in moments if moment > now)
+                self._agenda.schedule(uid, now + _RETRY)
+        return self._agenda.pause(now, longest=_LONGEST_PAUSE)
 
-    def _newest(self) -> list[Known]:
+    def _admit(self, known: Mapping[str, Known], now: datetime) -> None:
+        """Decide who may run, when a capture changed or one came to its end; those concerned are looked at."""
+        if self._admissions_until is not None and now < self._admissions_until:
+            return
+        captures = [capture for capture in known.values() if isinstance(capture, PacketCapture)]
+        # The leader remembers whom it admitted: its cache may be behind its own writes.
+        if self._admitted is None:
+            self._admitted = {capture.metadata.uid for capture in captures if _is_admitted(capture)}
+        before, self._admissions = self._admissions, admit(captures, already=self._admitted, now=now)
+        self._admitted = {uid for uid, admission in self._admissions.items() if admission.admitted}
+        self._agenda.touch(uid for uid, admission in self._admissions.items() if admission != before.get(uid))
+        ends = [admission.ends for admission in self._admissions.values() if admission.ends and admission.ends > now]
+        self._admissions_until = min(ends, default=datetime.max.replace(tzinfo=UTC))
+
+    def _newest(self) -> dict[str, Known]:
         """The captures as we last wrote them, where the cache is still behind that."""
         cached = {capture.metadata.uid: capture for capture in self._captures.objects.values()}
         self._written = {
@@ -157,26 +202,39 @@ class Captures:
             if uid in cached and _version(cached[uid]) < _version(written)
         }
         self._written_at = {uid: moment for uid, moment in self._written_at.items() if uid in cached}
-        return list((cached | self._written).values())
+        return cached | self._written
 
-    def _reports(self, now: datetime) -> tuple[defaultdict[str, list[Report]], int]:
-        """What nodes say, by the capture's UID; and how many agents speak."""
-        reports: defaultdict[str, list[Report]] = defaultdict(list)
-        agents = 0
-        for node in self._nodes.objects.values():
-            silent = silent_since(node, now)
-            agents += silent is None
-            for said in node.status.captures:
-                reports[said.uid].append(Report(node.metadata.name, said, silent))
-        return reports, agents
+    async def _attend(self, capture: Known, now: datetime) -> list[datetime]:
+        """Do what is due for a capture; returns the moments at which there may be something to do again."""
+        metadata = capture.metadata
+        if isinstance(capture, Unreadable):
+            status = unreadable(capture.status, message=capture.message, generation=metadata.generation, now=now)
+            return await self._write(capture, status, now)
+        admission = self._admissions[metadata.uid]
+        going = goes_at(capture, admission)
+        if going is not None and going <= now:
+            await self._delete(capture)
+            return []
+        status = summarize(capture, admission, self._reports.of(metadata.uid), agents=self._reports.agents, now=now)
+        settles = settles_at(capture.status, admission, now=now)
+        moments = [capture.spec.start_time, admission.ends, going, settles]
+        return [moment for moment in moments if moment is not None] + await self._write(capture, status, now)
 
-    async def _write(self, capture: Known, status: PacketCaptureStatus, now: datetime) -> datetime | None:
+    async def _write(self, capture: Known, status: PacketCaptureStatus, now: datetime) -> list[datetime]:
         """Write the status if that is due; else returns when it will be."""
         metadata, uid = capture.metadata, capture.metadata.uid
-        last = self._written_at.get(uid)
-        due = write_at(capture.status, status, last=last, counters_interval=self._counters_interval, now=now)
-        if due is None or due > now:
-            return due
+        due = write_at(
+            capture.status,
+            status,
+            last=self._written_at.get(uid),
+            spacing=self._reports.agents * _SPACING_PER_AGENT,
+            counters_interval=self._counters_interval,
+            now=now,
+        )
+        if due is None:
+            return []
+        if due > now:
+            return [due]
         body = {
             "apiVersion": PACKETCAPTURES.api_version,
             "kind": PACKETCAPTURES.kind,
@@ -191,11 +249,17 @@ class Captures:
         answer = await self._client.replace(
             PACKETCAPTURES, metadata.name, body, namespace=metadata.namespace, subresource="status"
         )
-        self._written[uid] = read(answer)
+        written = read(answer)
+        self._written[uid] = written
         self._written_at[uid] = now
         if status.phase != capture.status.phase:
-            _log.info("%s is %s", _named(capture), status.phase, extra={"reason": status.conditions[-1].reason})
-        return None
+            capturing = status.condition("Capturing")
+            reason = capturing.reason if capturing is not None else ""
+            _log.info("%s is %s", _named(capture), status.phase, extra={"reason": reason})
+        self._events.send(
+            written.metadata, transitions(capture.status, status, started_by=started_by(written.metadata))
+        )
+        return []
 
     async def _delete(self, capture: PacketCapture) -> None:
         metadata = capture.metadata

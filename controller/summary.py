@@ -1,45 +1,19 @@
 """What the status of a capture says: one account of what all nodes report, and why nothing comes when nothing does."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Literal
 
-from api.capturenode import CaptureNode, NodeCapture
 from api.object import Condition, format_timestamp
 from api.packetcapture import NodeSummary, PacketCapture, PacketCaptureStatus, Phase
+from controller import conditions
+from controller.conditions import Finding, counted
 from controller.quota import Admission
+from controller.reports import Said
 
 LONGEST_LIST = 100
-SILENT_AFTER = timedelta(minutes=2)
-"""Without a word for so long, a node's agent is taken to be away; agents speak at least every 30 seconds."""
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What one node says of one capture; `silent_since` is set when its agent is away."""
-
-    node: str
-    said: NodeCapture
-    silent_since: datetime | None = None
-
-    @property
-    def summary(self) -> NodeSummary:
-        said = self.said
-        state, reason, message = said.state, said.reason, said.message
-        if self.silent_since is not None and state != "Finished":
-            state, reason = "Error", "AgentSilent"
-            message = f"the node's agent has said nothing since {format_timestamp(self.silent_since)}"
-        return NodeSummary(
-            node=self.node,
-            state=state,
-            reason=reason,
-            message=message,
-            pods=said.pods if self.silent_since is None else 0,
-            packets=said.packets,
-            bytes=said.bytes,
-            dropped=said.dropped,
-        )
+SETTLING = timedelta(seconds=3)
+"""After the admission; before it is over, that no node reports a pod does not mean that there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,83 +26,87 @@ class _State:
     runs: bool = False
 
 
-def silent_since(node: CaptureNode, now: datetime) -> datetime | None:
-    """Since when the node's agent is away; None while it speaks."""
-    heard = node.status.heartbeat_time or node.metadata.creation_timestamp
-    return heard if heard is not None and heard + SILENT_AFTER <= now else None
-
-
 def summarize(
     capture: PacketCapture,
     admission: Admission,
-    reports: Sequence[Report],
+    nodes: Sequence[Said],
     *,
     agents: int,
     now: datetime,
 ) -> PacketCaptureStatus:
     """The status as it should be now; `agents` is the number of nodes whose agent speaks."""
-    nodes = sorted((report.summary for report in reports), key=_troubled_first)
-    state = _state(capture, admission, nodes, agents=agents, now=now)
-    previous = capture.status
-    conditions = [
-        _condition(
-            previous.condition("Admitted"),
-            kind="Admitted",
-            holds=admission.admitted,
-            reason=admission.reason,
-            message=admission.message,
-            generation=capture.metadata.generation,
-            now=now,
+    nodes = sorted(nodes, key=_troubled_first)
+    admitted = Finding("True" if admission.admitted else "False", admission.reason, admission.message)
+    settles = settles_at(capture.status, admission, now=now)
+    settled = settles is None or settles <= now
+    state = _state(capture, admission, nodes, agents=agents, settled=settled, now=now)
+    findings = {
+        "Admitted": admitted,
+        "Capturing": Finding("True" if state.runs else "False", state.reason, state.message),
+        "PodsMatched": conditions.pods_matched(
+            nodes, agents=agents, settled=settled, namespace=capture.metadata.namespace
+        )
+        if admission.is_obeyable
+        else Finding("Unknown", admission.reason, admission.message),
+        "Complete": conditions.complete(
+            nodes, capture.status.condition("Complete"), max_files=capture.spec.rotation.max_files
         ),
-        _condition(
-            previous.condition("Capturing"),
-            kind="Capturing",
-            holds=state.runs,
-            reason=state.reason,
-            message=state.message,
-            generation=capture.metadata.generation,
-            now=now,
-        ),
-    ]
+        "DiskPressure": conditions.disk_pressure(nodes),
+        "Degraded": conditions.degraded(nodes),
+    }
     return PacketCaptureStatus(
         phase=state.phase,
-        conditions=conditions,
+        conditions=_conditions(capture.status, findings, generation=capture.metadata.generation, now=now),
         pods=sum(node.pods for node in nodes),
         packets=sum(node.packets for node in nodes),
         bytes=sum(node.bytes for node in nodes),
         dropped=sum(node.dropped for node in nodes),
-        finished_time=admission.ends if admission.has_ended(now) else None,
-        nodes=nodes[:LONGEST_LIST],
+        seen=sum(node.seen for node in nodes),
+        evicted=sum(node.evicted for node in nodes),
+        interruptions=sum(node.interruptions for node in nodes),
+        finished_time=_whole_seconds(admission.ends) if admission.ends and admission.has_ended(now) else None,
+        nodes=[_summary(node) for node in nodes[:LONGEST_LIST]],
         more_nodes=max(0, len(nodes) - LONGEST_LIST),
     )
 
 
+def settles_at(previous: PacketCaptureStatus, admission: Admission, *, now: datetime) -> datetime | None:
+    """When every agent has had time to report what an admission that was made lately means to it; None without one."""
+    if not admission.admitted:
+        return None
+    admitted = previous.condition("Admitted")
+    since = admitted.last_transition_time if admitted is not None and admitted.status == "True" else now
+    # Not beyond what the clock says now, should it have been set back.
+    return min(since, now) + SETTLING
+
+
 def unreadable(previous: PacketCaptureStatus, *, message: str, generation: int, now: datetime) -> PacketCaptureStatus:
     """The status of a capture whose spec can't be read, as can happen to one made while no webhook stood guard."""
-    conditions = [
-        _condition(
-            previous.condition(kind),
-            kind=kind,
-            holds=False,
-            reason="SpecUnreadable",
-            message=message,
-            generation=generation,
-            now=now,
-        )
-        for kind in ("Admitted", "Capturing")
-    ]
-    return previous.model_copy(update={"phase": "Error", "conditions": conditions})
+    findings = dict.fromkeys(("Admitted", "Capturing"), Finding("False", "SpecUnreadable", message))
+    told = _conditions(previous, findings, generation=generation, now=now)
+    return previous.model_copy(update={"phase": "Error", "conditions": told})
 
 
-def outline(status: PacketCaptureStatus) -> PacketCaptureStatus:
-    """The status without what merely counts up: when this changes, it is worth telling everyone at once."""
-    still = {"packets": 0, "bytes": 0, "dropped": 0}
-    nodes = [node.model_copy(update=still) for node in status.nodes]
-    return status.model_copy(update={**still, "nodes": nodes})
+def headline(status: PacketCaptureStatus) -> tuple[object, ...]:
+    """What everyone is to know at once: phase and conditions, without their messages, which name counts."""
+    told = [(one.type, one.status, one.reason, one.observed_generation) for one in status.conditions]
+    return status.phase, status.finished_time, told
+
+
+def outline(status: PacketCaptureStatus) -> tuple[object, ...]:
+    """The status without what merely counts up, and without messages, as they do so too."""
+    nodes = [(node.node, node.state, node.reason, node.pods) for node in status.nodes]
+    return headline(status), status.pods, status.more_nodes, nodes
 
 
 def _state(
-    capture: PacketCapture, admission: Admission, nodes: Sequence[NodeSummary], *, agents: int, now: datetime
+    capture: PacketCapture,
+    admission: Admission,
+    nodes: Sequence[Said],
+    *,
+    agents: int,
+    settled: bool,
+    now: datetime,
 ) -> _State:
     if not admission.is_obeyable:
         return _State("Error", admission.reason, admission.message)
@@ -139,77 +117,93 @@ def _state(
     start = capture.spec.start_time
     if start is not None and start > now:
         return _State("Scheduled", "BeforeStartTime", f"it starts at {format_timestamp(start)}")
-    return _running(capture, nodes, agents=agents)
+    return _running(capture, nodes, agents=agents, settled=settled)
 
 
-def _running(capture: PacketCapture, nodes: Sequence[NodeSummary], *, agents: int) -> _State:
+def _running(capture: PacketCapture, nodes: Sequence[Said], *, agents: int, settled: bool) -> _State:
     """The state of a capture that should be running: what goes best decides, and trouble elsewhere is told with it."""
-    troubled = [node for node in nodes if node.state == "Error"]
+    troubled = [node for node in nodes if node.troubled]
     capturing = [node for node in nodes if node.state == "Capturing"]
     if capturing:
-        pods = sum(node.pods for node in capturing)
-        return _State("Capturing", "Capturing", _with_trouble(_counted(pods, capturing), troubled), runs=True)
+        return _State("Capturing", "Capturing", _with_trouble(_captured(capturing), troubled), runs=True)
     waiting = [node for node in nodes if node.state == "WaitingForTraffic"]
     if waiting:
-        pods = sum(node.pods for node in waiting)
-        said = next((node for node in waiting if node.reason), waiting[0])
-        message = said.message or f"{_counted(pods, waiting)}, and no packet has come yet"
-        return _State(
-            "WaitingForTraffic", said.reason or "NoPacketYet", _with_trouble(message, troubled), runs=pods > 0
-        )
+        reason, message = _waiting(waiting)
+        runs = any(node.pods for node in waiting)
+        return _State("WaitingForTraffic", reason, _with_trouble(message, troubled), runs=runs)
     if troubled:
-        return _State("Error", troubled[0].reason or "NodeFailed", _told(troubled))
+        return _State("Error", conditions.worst_reason(troubled), conditions.told(troubled))
     if not agents:
-        return _State("Scheduled", "NoAgent", "no agent has reported: see the DaemonSet kubepcap-agent and its pods")
-    scheduled = [node for node in nodes if node.state == "Scheduled"]
-    if scheduled:
-        return _State("Scheduled", "Starting", "the nodes' agents are about to begin")
-    message = (
-        f"no pod in namespace {capture.metadata.namespace} that the selector matches runs now; "
-        "those that come later are captured"
+        return _State("Scheduled", "NoAgent", conditions.NO_AGENT)
+    if not settled or any(node.state == "Scheduled" for node in nodes):
+        return _State("Scheduled", "Starting", conditions.STARTING)
+    return _State("WaitingForTraffic", "NoPodMatches", conditions.no_pod_matches(capture.metadata.namespace))
+
+
+def _waiting(nodes: Sequence[Said]) -> tuple[str, str]:
+    """Why no packet has come yet, as reason and message."""
+    captured = [node for node in nodes if node.pods]
+    if filtering := [node for node in captured if node.reason == "FilterMatchedNothing"]:
+        pods = counted(sum(node.pods for node in filtering), "pod")
+        seen = counted(sum(node.seen for node in filtering), "packet")
+        return "FilterMatchedNothing", f"filter matched 0 of {seen} seen on {pods}"
+    if captured:
+        return "NoPacketYet", f"{_captured(captured)}, and no packet has come yet"
+    said = next((node for node in nodes if node.reason), nodes[0])
+    return said.reason or "NoPacketYet", said.message or "no packet has come yet"
+
+
+def _captured(nodes: Sequence[Said]) -> str:
+    pods = sum(node.pods for node in nodes)
+    return f"{counted(pods, 'pod')} {'is' if pods == 1 else 'are'} captured on {counted(len(nodes), 'node')}"
+
+
+def _with_trouble(message: str, troubled: Sequence[Said]) -> str:
+    return f"{message}; {conditions.told(troubled)}" if troubled else message
+
+
+def _troubled_first(node: Said) -> tuple[bool, bool, bool, str]:
+    lossless = not (node.evicted or node.interruptions or node.dropped)
+    return not node.failed, not node.troubled, lossless, node.node
+
+
+def _summary(said: Said) -> NodeSummary:
+    return NodeSummary(
+        node=said.node,
+        state=said.state,
+        reason=said.reason,
+        message=said.message,
+        pods=said.pods,
+        packets=said.packets,
+        bytes=said.bytes,
+        dropped=said.dropped,
+        seen=said.seen,
+        evicted=said.evicted,
+        interruptions=said.interruptions,
     )
-    return _State("WaitingForTraffic", "NoPodMatches", message)
 
 
-def _counted(pods: int, nodes: Sequence[NodeSummary]) -> str:
-    return f"{pods} {'pod is' if pods == 1 else 'pods are'} captured on {len(nodes)} {_plural('node', len(nodes))}"
+def _conditions(
+    previous: PacketCaptureStatus, findings: Mapping[str, Finding], *, generation: int, now: datetime
+) -> list[Condition]:
+    """The findings as conditions; the time of one is that of its last change of status."""
+    told = []
+    for kind, finding in findings.items():
+        before = previous.condition(kind)
+        since = before.last_transition_time if before is not None and before.status == finding.status else now
+        told.append(
+            Condition(
+                type=kind,
+                status=finding.status,
+                reason=finding.reason,
+                message=finding.message,
+                last_transition_time=_whole_seconds(since),
+                observed_generation=generation,
+            )
+        )
+    return told
 
 
-def _with_trouble(message: str, troubled: Sequence[NodeSummary]) -> str:
-    return f"{message}; {_told(troubled)}" if troubled else message
-
-
-def _told(troubled: Sequence[NodeSummary]) -> str:
-    first, more = troubled[0], len(troubled) - 1
-    told = f"on node {first.node}: {first.message or first.reason or 'an error without a message'}"
-    return f"{told} (and on {more} more {_plural('node', more)})" if more else told
-
-
-def _plural(noun: str, count: int) -> str:
-    return noun if count == 1 else f"{noun}s"
-
-
-def _troubled_first(node: NodeSummary) -> tuple[bool, bool, str]:
-    return node.state != "Error", node.dropped == 0, node.node
-
-
-def _condition(
-    previous: Condition | None,
-    *,
-    kind: str,
-    holds: bool,
-    reason: str,
-    message: str,
-    generation: int,
-    now: datetime,
-) -> Condition:
-    status: Literal["True", "False"] = "True" if holds else "False"
-    since = previous.last_transition_time if previous is not None and previous.status == status else now
-    return Condition(
-        type=kind,
-        status=status,
-        reason=reason,
-        message=message,
-        last_transition_time=since,
-        observed_generation=generation,
-    )
+def _whole_seconds(moment: datetime) -> datetime:
+    """As they are written and so read again."""
+    return moment.replace(microsecond=0)

@@ -67,6 +67,7 @@ NAMESPACES = Resource("", "v1", "namespaces", "Namespace", namespaced=False)
 NODES = Resource("", "v1", "nodes", "Node", namespaced=False)
 SECRETS = Resource("", "v1", "secrets", "Secret", namespaced=True)
 CONFIGMAPS = Resource("", "v1", "configmaps", "ConfigMap", namespaced=True)
+EVENTS = Resource("events.k8s.io", "v1", "events", "Event", namespaced=True)
 LEASES = Resource("coordination.k8s.io", "v1", "leases", "Lease", namespaced=True)
 CERTIFICATESIGNINGREQUESTS = Resource(
     "certificates.k8s.io", "v1", "certificatesigningrequests", "CertificateSigningRequest", namespaced=False
@@ -158,14 +159,37 @@ class Client:
     ) -> ObjectList:
         """All objects, fetched in pages. A list that changes too much meanwhile is a `StatusError` with code 410."""
         items: list[Json] = []
-        query = _selectors(label_selector, field_selector) | {"limit": str(_PAGE)}
+        version = ""
+        async for page in self.pages(
+            resource,
+            namespace=namespace,
+            label_selector=label_selector,
+            field_selector=field_selector,
+            metadata_only=metadata_only,
+        ):
+            items += page.items
+            version = page.resource_version
+        return ObjectList(items, version)
+
+    async def pages(
+        self,
+        resource: Resource,
+        *,
+        namespace: str | None = None,
+        label_selector: str = "",
+        field_selector: str = "",
+        metadata_only: bool = False,
+        limit: int = _PAGE,
+    ) -> AsyncIterator[ObjectList]:
+        """The same page by page, `limit` objects at most in each, for those too large to be held all at once."""
+        query = _selectors(label_selector, field_selector) | {"limit": str(limit)}
         headers = {"Accept": _METADATA_LIST} if metadata_only else None
         while True:
             page = await self._request("GET", resource.path(namespace=namespace), query=query, headers=headers)
-            items += page.get("items") or []
             metadata = page.get("metadata") or {}
+            yield ObjectList(page.get("items") or [], metadata.get("resourceVersion", ""))
             if not metadata.get("continue"):
-                return ObjectList(items, metadata.get("resourceVersion", ""))
+                return
             query["continue"] = metadata["continue"]
 
     async def create(

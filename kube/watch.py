@@ -54,7 +54,7 @@ class Cache(Generic[T]):
 
     An object that `parse` refuses (by a `ValueError`, as pydantic does), or fails on in any other way, is left out of
     `objects`, listed in `unparsable` with the reason, and logged: it never takes the others with it. `on_change` is
-    called after each change with its key.
+    called after each change with its key. `page` objects at most are fetched at a time when all are listed.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class Cache(Generic[T]):
         field_selector: str = "",
         metadata_only: bool = False,
         on_change: Callable[[Key], None] | None = None,
+        page: int = 500,
     ) -> None:
         self._client = client
         self._resource = resource
@@ -77,6 +78,7 @@ class Cache(Generic[T]):
         self._field_selector = field_selector
         self._metadata_only = metadata_only
         self._on_change = on_change
+        self._page = page
         self._objects: dict[Key, T] = {}
         self._versions: dict[Key, str] = {}
         self._unparsable: dict[Key, str] = {}
@@ -131,21 +133,24 @@ class Cache(Generic[T]):
             await asyncio.sleep(pause)
 
     async def _list(self) -> str:
-        listed = await self._client.list(
+        seen = set()
+        version = ""
+        async for page in self._client.pages(
             self._resource,
             namespace=self._namespace,
             label_selector=self._label_selector,
             field_selector=self._field_selector,
             metadata_only=self._metadata_only,
-        )
-        seen = set()
-        for item in listed.items:
-            seen.add(_key(item))
-            self._put(item)
+            limit=self._page,
+        ):
+            version = page.resource_version
+            for item in page.items:
+                seen.add(_key(item))
+                self._put(item)
         for key in self._versions.keys() - seen:
             self._remove(key)
         self._synced.set()
-        return listed.resource_version
+        return version
 
     async def _follow(self, version: str) -> None:
         async for event in self._client.watch(

@@ -35,6 +35,7 @@ from kube.client import (
     CAPTUREPOLICIES,
     CERTIFICATESIGNINGREQUESTS,
     CONFIGMAPS,
+    EVENTS,
     LEASES,
     MUTATINGWEBHOOKCONFIGURATIONS,
     NAMESPACES,
@@ -405,6 +406,77 @@ async def test_what_nodes_report_becomes_the_status(world: World) -> None:
         return found.status.packets == 9
 
     await eventually(counted)
+
+
+async def test_each_change_is_told_once_whatever_the_number_of_nodes(world: World) -> None:
+    await ready(world)
+    capture = await world.capture("told")
+    names = [f"teller-{number}" for number in range(3)]
+    for name in names:
+        body = {"apiVersion": "kubepcap.io/v1", "kind": "CaptureNode", "metadata": {"name": name}}
+        await world.client.create(CAPTURENODES, body)
+
+    async def report(told_by: list[str], **said: Any) -> None:
+        about = {"namespace": "dev", "name": "told", "uid": capture.metadata.uid}
+        status = {"heartbeatTime": format_timestamp(datetime.now(UTC)), "captures": [about | said]}
+        await asyncio.gather(*(world.client.patch(CAPTURENODES, name, {"status": status}) for name in told_by))
+
+    async def summed(reason: str, pods: int) -> None:
+        async def there() -> bool:
+            found = await world.client.get(PACKETCAPTURES, "told", namespace="dev")
+            status = PacketCapture.model_validate(found).status
+            degraded = status.condition("Degraded")
+            return status.pods == pods and degraded is not None and degraded.reason == reason
+
+        await eventually(there)
+
+    await report(names, state="Capturing", pods=1, matched=1, packets=5)
+    await summed("AsExpected", 3)
+    full = {"state": "Error", "reason": "DiskPressure", "message": "90 MB are free and 100 MB must be"}
+    await report(names, matched=1, packets=5, **full)
+    await summed("DiskPressure", 0)
+    await report(names[:1], state="Capturing", pods=1, matched=1, packets=6, interruptions=1)
+    await report(names[1:], state="Capturing", pods=1, matched=1, packets=6)
+    await summed("AsExpected", 3)
+    await world.client.patch(PACKETCAPTURES, "told", {"spec": {"suspend": True}}, namespace="dev")
+    await world.becomes("told", "Suspended")
+
+    selector = f"regarding.uid={capture.metadata.uid}"
+
+    async def events() -> list[Json] | None:
+        told = (await world.client.list(EVENTS, namespace="dev", field_selector=selector)).items
+        return told if "Suspended" in [event["reason"] for event in told] else None
+
+    told = await eventually(events)
+    assert sorted(event["reason"] for event in told) == [
+        "DiskHasRoom",
+        "DiskPressure",
+        "Interrupted",
+        "Started",
+        "Suspended",
+    ]
+    (started,) = [event for event in told if event["reason"] == "Started"]
+    assert started["note"].endswith("policy baseline")
+    assert started["reportingController"] == "kubepcap.io/controller"
+    kubectl = [str(world.plane.kubectl), f"--kubeconfig={world.plane.kubeconfig}", "--namespace=dev"]
+    described = await asyncio.to_thread(
+        subprocess.run, [*kubectl, "describe", "packetcapture", "told"], check=True, capture_output=True, text=True
+    )
+    assert "on node teller-0 and 2 more nodes: 90 MB are free" in described.stdout
+    for name in names:
+        await world.client.delete(CAPTURENODES, name)
+
+
+async def test_a_capture_that_is_over_runs_again_when_its_end_is_moved(world: World) -> None:
+    await ready(world)
+    soon = format_timestamp(datetime.now(UTC) + timedelta(seconds=2))
+    await world.capture("again", endTime=soon)
+    await world.becomes("again", "Ended")
+    later = format_timestamp(datetime.now(UTC) + timedelta(minutes=5))
+    await world.client.patch(PACKETCAPTURES, "again", {"spec": {"endTime": later}}, namespace="dev")
+    running = await world.becomes("again", "WithinLimit")
+    assert running.status.finished_time is None
+    assert running.status.phase != "Finished"
 
 
 async def test_of_fifty_captures_at_once_exactly_as_many_as_allowed_are_admitted(world: World) -> None:

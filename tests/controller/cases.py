@@ -3,10 +3,11 @@
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from api.capturenode import CaptureNode
 from api.capturepolicy import Limits
 from api.packetcapture import PacketCapture
 from api.stamp import ANNOTATION, Stamp, spec_hash
+from controller import reports
+from controller.reports import NodeReport
 
 Json = dict[str, Any]
 
@@ -55,9 +56,9 @@ def capture(
     return PacketCapture.model_validate(item)
 
 
-def node(name: str, *said: Json, heard: datetime = START) -> CaptureNode:
-    """A CaptureNode whose agent was last heard at `heard`; `said` is about the capture `web`, if not otherwise."""
+def node(name: str, *said: Json, heard: datetime = START) -> NodeReport:
+    """The report of a node's agent, last heard at `heard`; each `said` is about the capture `web`, if not otherwise."""
     about = {"namespace": "dev", "name": "web", "uid": "uid-web", "state": "Capturing"}
-    return CaptureNode.model_validate(
+    return reports.read(
         {"metadata": {"name": name}, "status": {"heartbeatTime": heard, "captures": [about | one for one in said]}}
     )

@@ -17,7 +17,9 @@ OLD = PacketCaptureStatus(phase="Capturing", packets=1, nodes=[NodeSummary(node=
     [
         (OLD, START, None),
         (OLD.model_copy(update={"phase": "Finished"}), after(seconds=10), after(seconds=10)),
-        (OLD.model_copy(update={"pods": 2}), after(seconds=10), after(seconds=10)),
+        (OLD.model_copy(update={"pods": 2}), after(seconds=10), after(seconds=15)),
+        (OLD.model_copy(update={"pods": 2}), after(seconds=2), after(seconds=10)),
+        (OLD.model_copy(update={"packets": 2}), after(hours=1), after(minutes=1, seconds=10)),
         (OLD.model_copy(update={"packets": 2}), START, after(minutes=1)),
         (OLD.model_copy(update={"bytes": 2}), after(minutes=-5), after(seconds=10)),
         (OLD.model_copy(update={"packets": 2}), None, after(seconds=10)),
@@ -29,15 +31,28 @@ OLD = PacketCaptureStatus(phase="Capturing", packets=1, nodes=[NodeSummary(node=
         (
             OLD.model_copy(update={"nodes": [NodeSummary(node="a", state="Error", packets=1)]}),
             after(seconds=10),
-            after(seconds=10),
+            after(seconds=15),
         ),
     ],
-    ids=["nothing new", "phase", "pods", "packets", "bytes, long ago", "never written", "a node's", "a node's state"],
+    ids=[
+        "nothing new",
+        "phase",
+        "pods",
+        "pods, some time ago",
+        "packets, and the clock was set back",
+        "packets",
+        "bytes, long ago",
+        "never written",
+        "a node's packets",
+        "a node's state",
+    ],
 )
-def test_states_are_written_at_once_and_counters_now_and_then(
+def test_what_holds_for_all_is_written_at_once_states_of_nodes_soon_and_counters_now_and_then(
     wanted: PacketCaptureStatus, last: datetime | None, expected: datetime | None
 ) -> None:
-    assert write_at(OLD, wanted, last=last, counters_interval=MINUTE, now=after(seconds=10)) == expected
+    spacing = timedelta(seconds=5)
+    at = write_at(OLD, wanted, last=last, spacing=spacing, counters_interval=MINUTE, now=after(seconds=10))
+    assert at == expected
 
 
 def test_a_capture_whose_spec_is_wrong_is_kept_with_the_reason() -> None:

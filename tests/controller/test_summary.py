@@ -5,32 +5,50 @@ from typing import Any
 
 import pytest
 
-from api.capturenode import CaptureNode
 from api.packetcapture import PacketCapture, PacketCaptureStatus
 from controller.quota import admit
-from controller.summary import LONGEST_LIST, Report, outline, silent_since, summarize, unreadable
+from controller.reports import NodeReport, Reports
+from controller.summary import LONGEST_LIST, headline, outline, settles_at, summarize, unreadable
 from tests.controller.cases import START, after, capture, node
 
 Json = dict[str, Any]
 
 
-def status(
-    one: PacketCapture, *nodes: CaptureNode, now: datetime = START, agents: int | None = None
-) -> PacketCaptureStatus:
-    (admission,) = admit([one], already=(), now=now).values()
-    reports = [
-        Report(node.metadata.name, said, silent_since(node, now))
-        for node in nodes
-        for said in node.status.captures
-        if said.uid == one.metadata.uid
+SETTLED = {
+    "conditions": [
+        {"type": "Admitted", "status": "True", "reason": "WithinLimit", "lastTransitionTime": "2029-12-31T23:59:00Z"}
     ]
-    return summarize(one, admission, reports, agents=len(nodes) if agents is None else agents, now=now)
+}
+"""Admitted long enough for every agent to have said something."""
+
+
+def status(
+    one: PacketCapture, *nodes: NodeReport, now: datetime = START, agents: int | None = None
+) -> PacketCaptureStatus:
+    if not one.status.conditions:
+        settled = PacketCaptureStatus.model_validate(SETTLED)
+        one = one.model_copy(update={"status": one.status.model_copy(update={"conditions": settled.conditions})})
+    (admission,) = admit([one], already=(), now=now).values()
+    reports = Reports()
+    for one_node in nodes:
+        reports.put(one_node, one_node.heartbeat or now)
+    reports.listen(now)
+    said = reports.of(one.metadata.uid)
+    return summarize(one, admission, said, agents=reports.agents if agents is None else agents, now=now)
+
+
+def told(given: PacketCaptureStatus, kind: str) -> tuple[str, str, str]:
+    condition = given.condition(kind)
+    assert condition is not None
+    return condition.status, condition.reason, condition.message
+
+
+def reasons(given: PacketCaptureStatus) -> dict[str, tuple[str, str]]:
+    return {condition.type: (condition.status, condition.reason) for condition in given.conditions}
 
 
 def capturing(given: PacketCaptureStatus) -> tuple[str, str, str]:
-    condition = given.condition("Capturing")
-    assert condition is not None
-    return condition.status, condition.reason, condition.message
+    return told(given, "Capturing")
 
 
 HOST_NETWORK = {"state": "Error", "reason": "HostNetwork", "message": "pod x uses the node's network"}
@@ -44,11 +62,15 @@ WAITING = {"state": "WaitingForTraffic", "pods": 1}
         ([{"pods": 1}, WAITING], "Capturing", "True", "Capturing", "1 pod is captured on 1 node"),
         ([WAITING], "WaitingForTraffic", "True", "NoPacketYet", "no packet has come yet"),
         (
-            [WAITING | {"reason": "FilterMatchedNothing", "message": "0 of 812 packets match"}],
+            [
+                WAITING | {"reason": "FilterMatchedNothing", "pods": 2, "seen": 18000},
+                WAITING | {"reason": "FilterMatchedNothing", "seen": 204},
+                WAITING,
+            ],
             "WaitingForTraffic",
             "True",
             "FilterMatchedNothing",
-            "0 of 812 packets match",
+            "filter matched 0 of 18,204 packets seen on 3 pods",
         ),
         (
             [{"state": "WaitingForTraffic", "reason": "PodHasNoAddress", "message": "pod x has no address yet"}],
@@ -58,7 +80,7 @@ WAITING = {"state": "WaitingForTraffic", "pods": 1}
             "pod x has no address yet",
         ),
         ([HOST_NETWORK], "Error", "False", "HostNetwork", "on node n0: pod x uses the node's network"),
-        ([HOST_NETWORK] * 3, "Error", "False", "HostNetwork", "(and on 2 more nodes)"),
+        ([HOST_NETWORK] * 3, "Error", "False", "HostNetwork", "on node n0 and 2 more nodes: pod x uses"),
         ([HOST_NETWORK, WAITING], "WaitingForTraffic", "True", "NoPacketYet", "; on node n0: pod x uses"),
         ([HOST_NETWORK, {"pods": 1}], "Capturing", "True", "Capturing", "; on node n0: pod x uses"),
         ([{"state": "Scheduled"}], "Scheduled", "False", "Starting", "about to begin"),
@@ -175,13 +197,156 @@ def test_a_finished_capture_says_when_it_finished() -> None:
     assert given.packets == 3
 
 
-def test_counters_are_not_part_of_the_outline_and_states_are() -> None:
-    few, many, other = (
-        status(capture("web"), node("n", one))
-        for one in ({"pods": 1, "packets": 1}, {"pods": 1, "packets": 9, "bytes": 9}, {"pods": 2, "packets": 1})
+def test_counters_and_the_messages_that_name_them_are_not_part_of_the_outline() -> None:
+    said = {"state": "Capturing", "pods": 1, "packets": 1, "dropped": 1}
+    few, many, others = (
+        status(capture("web"), node("n", said | one))
+        for one in ({}, {"packets": 9, "bytes": 9, "dropped": 5, "message": "5 lost"}, {"pods": 2})
     )
+    assert told(few, "Complete")[2] != told(many, "Complete")[2]
     assert outline(few) == outline(many)
-    assert outline(few) != outline(other)
+    assert outline(few) != outline(others)
+    assert headline(few) == headline(others)
+
+
+def test_the_headline_is_what_holds_for_the_capture_as_a_whole() -> None:
+    whole, lossy = (status(capture("web"), node("n", {"pods": 1, "packets": 9, "dropped": n})) for n in (0, 1))
+    assert headline(whole) != headline(lossy)
+
+
+def test_what_a_new_admission_means_is_not_said_before_every_agent_had_the_time_to_say_it() -> None:
+    one = capture("web")
+    (admission,) = admit([one], already=(), now=START).values()
+    fresh = summarize(one, admission, [], agents=3, now=START)
+    assert (fresh.phase, capturing(fresh)[1]) == ("Scheduled", "Starting")
+    assert told(fresh, "PodsMatched")[:2] == ("Unknown", "Starting")
+    later = summarize(capture("web", status=fresh.to_json()), admission, [], agents=3, now=after(seconds=3))
+    assert (later.phase, capturing(later)[1]) == ("WaitingForTraffic", "NoPodMatches")
+    assert told(later, "PodsMatched")[:2] == ("False", "NoPodMatches")
+
+
+def test_an_admission_settles_also_when_the_clock_was_set_back() -> None:
+    (admission,) = admit([capture("web")], already=(), now=START).values()
+    previous = PacketCaptureStatus.model_validate(SETTLED)
+    assert settles_at(previous, admission, now=after(hours=-1)) == after(hours=-1, seconds=3)
+
+
+def test_all_that_can_be_said_of_a_capture_that_runs_well() -> None:
+    given = status(capture("web"), node("n", {"pods": 1, "matched": 1, "packets": 5}))
+    assert reasons(given) == {
+        "Admitted": ("True", "WithinLimit"),
+        "Capturing": ("True", "Capturing"),
+        "PodsMatched": ("True", "PodsMatch"),
+        "Complete": ("True", "AllPacketsKept"),
+        "DiskPressure": ("False", "DiskHasRoom"),
+        "Degraded": ("False", "AsExpected"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("one", "expected"),
+    [
+        (
+            capture("web", policy=None),
+            {"PodsMatched": ("Unknown", "NotStamped"), "Complete": ("Unknown", "NoPacketYet")},
+        ),
+        (capture("web", suspend=True), {"PodsMatched": ("True", "PodsMatch"), "Capturing": ("False", "Suspended")}),
+        (
+            capture("web", startTime="2030-01-01T10:00:00Z"),
+            {"PodsMatched": ("True", "PodsMatch"), "Capturing": ("False", "BeforeStartTime")},
+        ),
+        (
+            capture("web", endTime="2029-12-31T00:00:00Z"),
+            {"PodsMatched": ("True", "PodsMatch"), "Capturing": ("False", "Ended")},
+        ),
+    ],
+    ids=["not stamped", "suspended", "starts later", "over"],
+)
+def test_all_that_can_be_said_of_a_capture_that_does_not_run(
+    one: PacketCapture, expected: dict[str, tuple[str, str]]
+) -> None:
+    given = reasons(status(one, node("n", {"state": "Scheduled", "reason": "Suspended", "matched": 1})))
+    assert {kind: given[kind] for kind in expected} == expected
+    assert given["DiskPressure"] == ("False", "DiskHasRoom")
+    assert given["Degraded"] == ("False", "AsExpected")
+
+
+LATER = {"endTime": "2030-01-01T00:50:00Z"}
+SCHEDULES: list[tuple[str, list[tuple[Json, datetime, str, str]]]] = [
+    (
+        "the end is moved later while it runs",
+        [
+            ({"endTime": "2030-01-01T00:10:00Z"}, after(minutes=5), "WaitingForTraffic", "NoPodMatches"),
+            (LATER, after(minutes=11), "WaitingForTraffic", "NoPodMatches"),
+            (LATER, after(minutes=50), "Finished", "Ended"),
+        ],
+    ),
+    (
+        "the end is moved earlier while it runs",
+        [
+            (LATER, after(minutes=5), "WaitingForTraffic", "NoPodMatches"),
+            ({"endTime": "2030-01-01T00:04:00Z"}, after(minutes=5), "Finished", "Ended"),
+        ],
+    ),
+    (
+        "it is over, and its end is moved later: it runs again",
+        [
+            ({"endTime": "2030-01-01T00:10:00Z"}, after(minutes=11), "Finished", "Ended"),
+            (LATER, after(minutes=12), "Scheduled", "Starting"),
+            (LATER, after(minutes=13), "WaitingForTraffic", "NoPodMatches"),
+        ],
+    ),
+    (
+        "no end goes beyond the policy's longest duration",
+        [
+            ({"endTime": "2030-01-01T09:00:00Z"}, after(minutes=59), "WaitingForTraffic", "NoPodMatches"),
+            ({"endTime": "2030-01-01T09:00:00Z"}, after(minutes=60), "Finished", "Ended"),
+        ],
+    ),
+    (
+        "it is suspended and goes on",
+        [
+            ({}, after(minutes=1), "WaitingForTraffic", "NoPodMatches"),
+            ({"suspend": True}, after(minutes=2), "Scheduled", "Suspended"),
+            ({}, after(minutes=3), "Scheduled", "Starting"),
+            ({}, after(minutes=4), "WaitingForTraffic", "NoPodMatches"),
+        ],
+    ),
+    (
+        "it is suspended until it is over",
+        [
+            ({"suspend": True}, after(minutes=2), "Scheduled", "Suspended"),
+            ({"suspend": True}, after(minutes=60), "Finished", "Ended"),
+        ],
+    ),
+    (
+        "it starts later",
+        [
+            ({"startTime": "2030-01-01T00:10:00Z"}, after(minutes=1), "Scheduled", "BeforeStartTime"),
+            ({"startTime": "2030-01-01T00:10:00Z"}, after(minutes=10), "WaitingForTraffic", "NoPodMatches"),
+            ({"startTime": "2030-01-01T00:10:00Z"}, after(minutes=70), "Finished", "Ended"),
+        ],
+    ),
+    (
+        "the clock was wrong, and is set back before the end",
+        [
+            (LATER, after(days=1), "Finished", "Ended"),
+            (LATER, after(minutes=1), "Scheduled", "Starting"),
+            (LATER, after(minutes=2), "WaitingForTraffic", "NoPodMatches"),
+            (LATER, after(minutes=51), "Finished", "Ended"),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize("steps", [steps for _, steps in SCHEDULES], ids=[name for name, _ in SCHEDULES])
+def test_a_schedule_that_changes(steps: list[tuple[Json, datetime, str, str]]) -> None:
+    written = SETTLED
+    for spec, now, phase, reason in steps:
+        given = status(capture("web", status=written, **spec), agents=1, now=now)
+        assert (given.phase, capturing(given)[1]) == (phase, reason)
+        assert (given.finished_time is not None) == (phase == "Finished")
+        written = given.to_json()
 
 
 def test_a_capture_that_can_not_be_read_says_so_and_keeps_its_numbers() -> None:

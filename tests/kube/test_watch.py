@@ -37,9 +37,11 @@ class Script(Client):
         self._watches = list(watches)
         self._listed = list(listed)
 
-    async def list(self, *_: Any, **__: Any) -> ObjectList:
+    async def pages(self, *_: Any, **__: Any) -> AsyncIterator[ObjectList]:
         self.lists += 1
-        return ObjectList(list(self._listed), "10")
+        for item in self._listed:
+            yield ObjectList([item], "10")
+        yield ObjectList([], "10")
 
     async def watch(self, *_: Any, resource_version: str, **__: Any) -> AsyncIterator[WatchEvent]:
         self.versions.append(resource_version)

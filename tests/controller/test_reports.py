@@ -1,0 +1,113 @@
+"""What nodes report, found by capture; what a report changes; and who is silent."""
+
+from datetime import datetime
+
+import pytest
+
+from controller.reports import GRACE, SILENT_AFTER, Changed, Reports
+from tests.controller.cases import START, Json, after, node
+
+OTHER = {"name": "other", "uid": "uid-other"}
+
+
+def put(reports: Reports, name: str, *said: Json, at: datetime = START, heard: datetime | None = None) -> Changed:
+    """The node says this `at` a moment of our clock; its own says `heard`."""
+    return reports.put(node(name, *said, heard=heard or at), at)
+
+
+def states(reports: Reports, uid: str = "uid-web") -> dict[str, tuple[str, str]]:
+    return {said.node: (said.state, said.reason) for said in reports.of(uid)}
+
+
+def test_captures_are_found_on_all_their_nodes_and_on_no_other() -> None:
+    reports = Reports()
+    put(reports, "a", {}, OTHER)
+    put(reports, "b", {})
+    assert {said.node for said in reports.of("uid-web")} == {"a", "b"}
+    assert {said.node for said in reports.of("uid-other")} == {"a"}
+    assert reports.of("uid-none") == []
+    assert reports.agents == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "changed"),
+    [
+        ([{}, OTHER], Changed()),
+        ([{"packets": 9, "bytes": 9, "seen": 9, "message": "9"}, OTHER], Changed(numbers={"uid-web"})),
+        ([{"pods": 1}, OTHER], Changed(states={"uid-web"})),
+        ([{"state": "Error"}, OTHER], Changed(states={"uid-web"})),
+        ([{"dropped": 1}, OTHER], Changed(states={"uid-web"})),
+        ([{"interruptions": 1}, OTHER], Changed(states={"uid-web"})),
+        ([{"packets": 6}], Changed(states={"uid-other"}, numbers={"uid-web"})),
+        ([{}, OTHER, {"uid": "uid-new"}], Changed(states={"uid-new"})),
+    ],
+    ids=["nothing", "numbers", "pods", "state", "the first loss", "the first interruption", "one is gone", "a new one"],
+)
+def test_a_report_says_which_captures_it_changed(said: list[Json], changed: Changed) -> None:
+    reports = Reports()
+    put(reports, "a", {"packets": 5}, OTHER)
+    report = [said[0] | {"packets": said[0].get("packets", 5)}, *said[1:]]
+    assert put(reports, "a", *report, at=after(seconds=30)) == changed
+
+
+def test_a_node_that_is_gone_takes_its_reports_with_it() -> None:
+    reports = Reports()
+    put(reports, "a", {}, OTHER)
+    put(reports, "b", {})
+    assert reports.remove("a") == Changed(states={"uid-web", "uid-other"})
+    assert states(reports) == {"b": ("Capturing", "")}
+    assert (reports.of("uid-other"), reports.agents) == ([], 1)
+    assert reports.remove("a") == Changed()
+
+
+def test_a_node_falls_silent_and_speaks_again() -> None:
+    reports = Reports()
+    put(reports, "a", {"packets": 5, "pods": 1})
+    put(reports, "b", {})
+    silent = START + SILENT_AFTER
+    put(reports, "b", {}, at=silent)
+    assert reports.listen(silent) == Changed(states={"uid-web"})
+    assert reports.listen(silent) == Changed(), "it is told once"
+    assert states(reports) == {"a": ("Error", "AgentSilent"), "b": ("Capturing", "")}
+    assert reports.agents == 1
+    (said,) = (said for said in reports.of("uid-web") if said.node == "a")
+    assert (said.packets, said.pods) == (5, 0)
+    put(reports, "a", {}, at=after(minutes=3))
+    reports.listen(after(minutes=3))
+    assert states(reports)["a"] == ("Capturing", "")
+
+
+@pytest.mark.parametrize("clock", [after(hours=-1), after(hours=1)], ids=["behind", "ahead"])
+def test_a_node_whose_clock_is_wrong_is_not_silent_while_it_speaks(clock: datetime) -> None:
+    reports = Reports()
+    for minute in range(4):
+        put(reports, "a", {}, at=after(minutes=minute), heard=clock + (after(minutes=minute) - START))
+        reports.listen(after(minutes=minute))
+        assert reports.agents == 1
+    reports.listen(after(minutes=3) + SILENT_AFTER)
+    assert reports.agents == 0
+
+
+def test_after_a_time_without_kube_apiserver_agents_have_the_time_to_speak() -> None:
+    reports = Reports()
+    put(reports, "a", {}, heard=after(hours=-1))
+    reports.listen(START)
+    assert reports.agents == 1
+    reports.listen(START + GRACE)
+    assert reports.agents == 0
+
+
+def test_when_our_clock_was_set_back_silence_is_counted_from_then_on() -> None:
+    reports = Reports()
+    put(reports, "a", {})
+    back = after(days=-1)
+    reports.listen(back)
+    reports.listen(back + SILENT_AFTER)
+    assert reports.agents == 0
+
+
+def test_what_finished_stays_so_on_a_silent_node() -> None:
+    reports = Reports()
+    put(reports, "a", {"state": "Finished"})
+    reports.listen(START + SILENT_AFTER)
+    assert states(reports) == {"a": ("Finished", "")}
