@@ -81,14 +81,20 @@ class TargetCapture:
         host_namespace: Path,
         processes: netns.ProcessTable,
         on_change: Callable[[str], None],
+        on_answer: Callable[[], None],
     ) -> None:
-        """Begin at once. `captures` is a descriptor of the directory that holds a directory per PacketCapture."""
+        """Begin at once. `captures` is a descriptor of the directory that holds a directory per PacketCapture.
+
+        `on_change` is called with the target's id when its status changed in a way that is worth telling, `on_answer`
+        when what `refresh` asked for may be done: both in other threads.
+        """
         self.target = target
         self._started = time.time_ns()
         self._host_namespace = host_namespace
         self._captures = captures
         self._processes = processes
         self._on_change: Callable[[], None] = functools.partial(on_change, target.id)
+        self._on_answer = on_answer
         self._wake = WakeUp()
         self._stopping = False
         self._opened = False
@@ -209,11 +215,14 @@ class TargetCapture:
         process = namespace.process
         poll.register(process, select.POLLIN)
         while not self._stopping:
-            wanted = self._counts_wanted
+            wanted, interfaces, missing, opened = self._counts_wanted, self._interfaces, self._missing, self._opened
             retry = self._look(namespace, links)
             self._opened = True
             self._counted = wanted
-            self._on_change()
+            if opened and interfaces is self._interfaces and missing == self._missing:
+                self._on_answer()
+            else:
+                self._on_change()
             ready = {descriptor for descriptor, _ in poll.poll(None if retry is None else retry * 1000)}
             self._wake.clear()
             if process in ready:
@@ -244,16 +253,12 @@ class TargetCapture:
             if interface.tried_at + _RETRY_SECONDS > now
         }
         due = [link for link in absent if link.index not in pauses]
-        if due:
-            outcomes = namespace.run(lambda: [(link, self._open(link)) for link in due])
-            self._interfaces = self._interfaces | {link.name: self._begin(link, outcome) for link, outcome in outcomes}
+        for link in due:
+            outcome = namespace.run(functools.partial(self._open, link))
+            self._interfaces = self._interfaces | {link.name: self._begin(link, outcome)}
         if not any(interface.is_alive for interface in self._interfaces.values()):
             raise self._nothing_captured()
-        return (
-            max(0.0, min(pauses[link.index] for link in absent if link.index in pauses))
-            if len(due) < len(absent)
-            else None
-        )
+        return min((pauses[link.index] for link in absent if link.index in pauses), default=None)
 
     def _nothing_captured(self) -> CaptureError:
         failed = next(iter(self._interfaces.values()), None)
@@ -302,19 +307,19 @@ class TargetCapture:
                 else replace(last, state=outcome.state, reason=outcome.reason, message=outcome.message)
             )
             return interface
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(outcome.close)
             directory = _open_directory(self._captures, self.target.capture_uid)
-        except OSError:
-            outcome.close()
-            raise
-        interface.capture = InterfaceCapture(
-            target=self.target,
-            interface=link.name,
-            handle=outcome,
-            directory=directory,
-            on_change=self._interface_changed,
-            before=last,
-        )
+            undo.callback(os.close, directory)
+            interface.capture = InterfaceCapture(
+                target=self.target,
+                interface=link.name,
+                handle=outcome,
+                directory=directory,
+                on_change=self._interface_changed,
+                before=last,
+            )
+            undo.pop_all()
         interface.capture.start()
         return interface
 

@@ -41,6 +41,7 @@ from agent.capturer.protocol import (
     encode,
 )
 from agent.capturer.target import TargetCapture
+from agent.capturer.wakeup import WakeUp
 
 _PR_SET_PDEATHSIG: Final = 1
 _GOODBYE_SECONDS: Final = 1.0
@@ -121,9 +122,10 @@ class Worker:
         self._waiting: list[_Waiting] = []
         self._changed: set[str] = set()
         self._lock = threading.Lock()
-        self._wake, self._waker = socket.socketpair()
-        self._wake.setblocking(False)
-        self._waker.setblocking(False)
+        self._wake = WakeUp()
+        self._signals, self._signalled = socket.socketpair()
+        self._signals.setblocking(False)
+        self._signalled.setblocking(False)
         self._selector = selectors.DefaultSelector()
         self._connections: set[_Connection] = set()
         self._terminating = False
@@ -136,7 +138,7 @@ class Worker:
 
         signal.signal(signal.SIGTERM, terminate)
         # A handler of Python's does not run while a system call waits that began just after the signal; this wakes it.
-        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._signalled.fileno(), warn_on_full_buffer=False)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGCHLD})
         self.open()
         while not (self._terminating and all(target.ended for target in self._targets.values())):
@@ -149,11 +151,13 @@ class Worker:
         self._listener.setblocking(False)
         self._selector.register(self._listener, selectors.EVENT_READ, None)
         self._selector.register(self._wake, selectors.EVENT_READ, None)
+        self._selector.register(self._signals, selectors.EVENT_READ, None)
 
     def close(self) -> None:
         """Leave the agents."""
         self._selector.close()
-        for channel in (self._wake, self._waker, *(connection.channel for connection in self._connections)):
+        self._wake.close()
+        for channel in (self._signals, self._signalled, *(connection.channel for connection in self._connections)):
             channel.close()
 
     @property
@@ -167,8 +171,10 @@ class Worker:
                 self._accept()
             elif isinstance(key.data, _Connection):
                 self._serve(key.data, events)
+            elif key.fileobj is self._signals:
+                self._signals.recv(1 << 16)
             else:
-                self._wake.recv(1 << 16)
+                self._wake.clear()
         self._stop_due()
         self._announce()
         self._answer_waiting()
@@ -185,8 +191,7 @@ class Worker:
     def _changed_in_thread(self, target_id: str) -> None:
         with self._lock:
             self._changed.add(target_id)
-        with contextlib.suppress(BlockingIOError):  # then a wake-up waits already
-            self._waker.send(b"\0")
+        self._wake.set()
 
     def _seconds_to_wait(self) -> float | None:
         """Until the next end of a target, but a second at most: the clock may be set meanwhile."""
@@ -304,6 +309,7 @@ class Worker:
                 host_namespace=self._host_namespace,
                 processes=self._processes,
                 on_change=self._changed_in_thread,
+                on_answer=self._wake.set,
             )
             self._targets[message.target.id] = target
             log.info("start %s (%s)", message.target.id, message.target.pod_name)

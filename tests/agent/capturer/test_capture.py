@@ -246,10 +246,11 @@ class TestWorkerDeath:
         assert packets_in(capturer.files(target)[0]) == 500
 
 
-def test_three_capabilities_are_enough(pod: Pod, tmp_path: Path) -> None:
+@pytest.mark.parametrize("direct", [False, True])
+def test_three_capabilities_are_enough(pod: Pod, tmp_path: Path, direct: bool) -> None:
     rights = ("--bounding-set", "-all,+net_raw,+sys_admin,+sys_ptrace", "--regid", "65532", "--clear-groups")
     capturer = Capturer(tmp_path, prefix=("setpriv", *rights, "--no-new-privs"))
-    target = pod.target()
+    target = pod.target(direct=direct)
     assert capturer.start(target).state is State.CAPTURING
     pod.receive(10)
     capturer.stop(target)
