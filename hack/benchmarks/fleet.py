@@ -73,11 +73,11 @@ class Agent:
             now=datetime.now(UTC),
             limits=reconcile.NodeLimits(),
         )
-        facts = []
+        facts, status = [], self._status(plan.targets)
         for capture in plan.captures:
             total = Count(packets=packets, seen=packets) if capture.targets else Count()
             counters, files = Counters(earlier=total), Files(len(capture.targets), 100 * packets)
-            facts.append(summarize(capture, status=self._status(plan.targets), counters=counters, files=files))
+            facts.append(summarize(capture, status=status, counters=counters, files=files))
         capturer = Capturer(interfaces=len(plan.targets), ring_bytes=sum(t.ring_bytes for t in plan.targets.values()))
         self._reporter.update([fact for fact in facts if fact is not None], disk=_DISK, capturer=capturer)
 

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import http.client
 import itertools
 import os
 import re
@@ -12,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -93,10 +94,12 @@ class Sampler:
 
     async def run(self) -> None:
         while True:
-            await self.sample()
+            with suppress(OSError, http.client.HTTPException):  # too busy to answer: the next sample spans more
+                await self.sample()
             await asyncio.sleep(1)
 
     async def sample(self) -> None:
+        """Raises OSError, http.client.HTTPException."""
         metrics = await asyncio.to_thread(self.api.get, "/metrics")
         self.samples.append((time.monotonic(), writes(metrics)))
 
