@@ -4,9 +4,10 @@ from pathlib import Path
 
 from agent.agent import NAME, Agent, Settings
 from agent.disk import Limits
+from agent.reconcile import NodeLimits
 from agent.report import Intervals
 from kube.client import Client
-from kube.serve import environment, number, run
+from kube.serve import environment, flag, number, run
 
 _GIGABYTE = 10**9
 
@@ -21,14 +22,19 @@ def settings() -> Settings:
         directory=Path(environment("DATA_DIRECTORY", "/var/lib/kubepcap")),
         port=number("PORT", default=8443, high=65535),
         health_port=number("HEALTH_PORT", default=8080, high=65535),
-        ring_bytes=number("RING_BYTES", default=4 << 20, low=1 << 19, high=1 << 30),
+        direct=flag("DIRECT_IO", default=False),
+        node_limits=NodeLimits(
+            targets=number("MAX_TARGETS", default=256, low=1, high=100_000),
+            ring_bytes=number("MAX_RING_BYTES", default=1 << 30, low=1 << 19, high=1 << 40),
+        ),
         limits=Limits(
+            namespace=number("MAX_NAMESPACE_BYTES", default=5 * _GIGABYTE, high=1 << 50),
             used=number("MAX_USED_BYTES", default=10 * _GIGABYTE, high=1 << 50),
             free=number("MIN_FREE_BYTES", default=1 * _GIGABYTE, high=1 << 50),
             free_percent=number("MIN_FREE_PERCENT", default=12, high=90),
         ),
         intervals=Intervals(
-            counters=number("COUNTERS_SECONDS", default=10, low=1, high=3600),
+            counters=number("COUNTERS_SECONDS", default=30, low=1, high=3600),
             heartbeat=number("HEARTBEAT_SECONDS", default=30, low=1, high=3600),
         ),
     )

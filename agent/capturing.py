@@ -8,8 +8,8 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final, NoReturn
@@ -17,6 +17,7 @@ from typing import Final, NoReturn
 from agent.capturer.protocol import (
     LINE_LIMIT,
     Changed,
+    FileStatus,
     Reply,
     Report,
     Start,
@@ -41,6 +42,10 @@ class CapturerError(Exception):
     """The capturer can't be reached, or refused; the message says which."""
 
 
+class RefusedError(CapturerError):
+    """The capturer understood the request and can't do it as things stand."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Failure:
     """A run that ended although it is still wanted, kept until the next one settled."""
@@ -59,17 +64,25 @@ class Capturer:
         *,
         on_status: Callable[[TargetStatus], object],
         on_end: Callable[[TargetStatus], object],
+        on_lost: Callable[[Sequence[TargetStatus]], object] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`on_status` is called with all that the capturer tells, `on_end` once for each run, with its last status."""
+        """`on_status` is called with all that the capturer tells, `on_end` once for each run, with its last status.
+
+        `on_lost` is called first with all runs that a worker took with it when it died.
+        """
         self._socket = socket
         self._on_status = on_status
         self._on_end = on_end
+        self._on_lost = on_lost
         self._clock = clock
         self._wanted: Mapping[str, Target] | None = None
         self._statuses: dict[str, TargetStatus] = {}
         self._failures: dict[str, _Failure] = {}
         self._working: set[str] = set()
+        self._refused: set[str] = set()
+        self._worker: int | None = None
+        self.restarts = 0
         self._changed = Signal()
         self._numbers = itertools.count(1)
         self._replies: dict[int, asyncio.Future[Reply]] = {}
@@ -136,21 +149,26 @@ class Capturer:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._read(reader), name="capturer replies")
             reply = await self._ask(Report(request=next(self._numbers)))
-            self._learn(reply.targets)
+            self._learn(reply)
             while True:
                 self._converge(tasks)
                 await self._changed.wait(self._seconds_to_retry())
 
-    def _learn(self, statuses: tuple[TargetStatus, ...]) -> None:
+    def _learn(self, reply: Reply) -> None:
         """Take up what the capturer does; runs of before that it does not know have ended with the worker."""
-        present = {status.target.id: status for status in statuses}
-        for target_id, old in list(self._statuses.items()):
-            new = present.get(target_id)
-            if new is None or new.started != old.started:
-                del self._statuses[target_id]
-                self._on_end(old)
+        if self._worker not in (None, reply.worker):
+            self.restarts += 1
+        self._worker = reply.worker
+        present = {status.target.id: status for status in reply.targets}
+        gone = [old for old in self._statuses.values() if not _same_run(old, present.get(old.target.id))]
+        for old in gone:
+            del self._statuses[old.target.id]
+        if lost := [old for old in gone if not old.state.ended]:
+            self._on_lost(lost)
+        for old in gone:
+            self._on_end(old)
         self._known.set()
-        for status in statuses:
+        for status in reply.targets:
             self._told(status)
 
     def _converge(self, tasks: asyncio.TaskGroup) -> None:
@@ -160,17 +178,24 @@ class Capturer:
         for target_id in self._failures.keys() - self._wanted.keys():
             del self._failures[target_id]
         for target_id, status in list(self._statuses.items()):
-            unwanted = self._wanted.get(target_id) != status.target or status.state.ended
-            if unwanted and len(self._working) < _AT_ONCE and target_id not in self._working:
+            if len(self._working) >= _AT_ONCE or target_id in self._working:
+                continue
+            wanted = self._wanted.get(target_id)
+            if wanted is None or status.state.ended or not _same_but_end(wanted, status.target):
                 self._working.add(target_id)
                 tasks.create_task(self._stop(target_id), name=f"stop {target_id}")
+            elif wanted.until != status.target.until:
+                action = self._stop(target_id) if target_id in self._refused else self._start(wanted)
+                self._working.add(target_id)
+                tasks.create_task(action, name=f"move the end of {target_id}")
         for target_id, target in self._wanted.items():
             failure = self._failures.get(target_id)
             due = failure is None or failure.retry_at <= now
             absent = target_id not in self._statuses and target_id not in self._working
             if absent and due and len(self._working) < _AT_ONCE:
+                action = self._stop(target_id) if target_id in self._refused else self._start(target)
                 self._working.add(target_id)
-                tasks.create_task(self._start(target), name=f"start {target_id}")
+                tasks.create_task(action, name=f"start {target_id}")
 
     def _seconds_to_retry(self) -> float | None:
         retries = [failure.retry_at for target_id, failure in self._failures.items() if target_id not in self._statuses]
@@ -183,6 +208,9 @@ class Capturer:
                 self._told(status)
                 if not status.state.ended:
                     self._failures.pop(target.id, None)
+        except RefusedError as error:  # it ended just now, or knows another target by this name: stopped, then started
+            log.info("starting %s: %s", target.id, error)
+            self._refused.add(target.id)
         finally:
             self._working.discard(target.id)
             self._changed.set()
@@ -194,6 +222,7 @@ class Capturer:
                 self._on_status(status)
                 self._ended(status)
             self._statuses.pop(target_id, None)
+            self._refused.discard(target_id)
         finally:
             self._working.discard(target_id)
             self._changed.set()
@@ -207,6 +236,11 @@ class Capturer:
             if status.state is State.FAILED:
                 log.warning("capturing pod %s failed: %s (%s)", status.target.pod_name, status.message, status.reason)
         self._on_end(status)
+
+    def _told_in_part(self, status: TargetStatus) -> None:
+        """Files that a change does not name are as they were told before."""
+        known = self._statuses.get(status.target.id)
+        self._told(_merged(known, status) if known is not None and _same_run(known, status) else status)
 
     def _told(self, status: TargetStatus) -> None:
         self._statuses[status.target.id] = status
@@ -225,7 +259,7 @@ class Capturer:
         finally:
             self._replies.pop(message.request, None)
         if reply.error:
-            raise CapturerError(f"the capturer refused: {reply.error}")
+            raise RefusedError(f"the capturer refused: {reply.error}")
         return reply
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
@@ -233,7 +267,7 @@ class Capturer:
             message = decode(line)
             if isinstance(message, Changed):
                 # A change may overtake the answer to a stop, but never tells of a run that was forgotten.
-                self._told(message.target)
+                self._told_in_part(message.target)
             elif isinstance(message, Reply):
                 future = self._replies.get(message.request)
                 if future is not None and not future.done():
@@ -249,3 +283,25 @@ class Capturer:
             if not future.done():
                 future.set_exception(CapturerError("the capturer went away"))
         self._working.clear()
+
+
+def _same_run(one: TargetStatus, other: TargetStatus | None) -> bool:
+    return other is not None and one.started == other.started
+
+
+def _same_but_end(one: Target, other: Target) -> bool:
+    return one == other or replace(one, until=other.until) == other
+
+
+def _merged(known: TargetStatus, news: TargetStatus) -> TargetStatus:
+    """The later status, with the files that it does not name."""
+    before = {interface.interface: interface.files for interface in known.interfaces}
+    interfaces = tuple(
+        replace(interface, files=_files(before.get(interface.interface, ()), interface.files))
+        for interface in news.interfaces
+    )
+    return replace(news, interfaces=interfaces)
+
+
+def _files(known: Iterable[FileStatus], news: Iterable[FileStatus]) -> tuple[FileStatus, ...]:
+    return tuple(({file.name: file for file in known} | {file.name: file for file in news}).values())

@@ -1,37 +1,51 @@
 """Keeps capture files from filling the node: pure decisions over the list of files and the space that is left."""
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from agent.reconcile import Verdict
+from agent.reconcile import Pauses, Verdict
 from agent.store import StoredFile
 from api.capturenode import Disk
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bytes that all capture files of the node may take; and what must stay free of the file system.
+    """Bytes that capture files of the node, and of each namespace on it, may take; and what must stay free.
 
-    `free` in bytes, `free_percent` of its size: the larger of the two counts. kubelet evicts pods when less than 10 %
-    are free, so the percentage is to be above that.
+    `free` in bytes, `free_percent` of the file system's size: the larger of the two counts. kubelet evicts pods when
+    less than 10 % are free, so the percentage is to be above that.
     """
 
     used: int
     free: int
     free_percent: int = 0
+    namespace: int = 1 << 60
 
     def floor(self, disk: Disk) -> int:
         return max(self.free, disk.capacity * self.free_percent // 100)
 
 
 @dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose files they are: the capture's namespace, and the bytes that its policy allows it on this node."""
+
+    namespace: str
+    limit: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
-    """The files to remove now, and, when that is not enough, why nothing is captured for the time being."""
+    """The files to remove now, and, where that is not enough, what is not captured for the time being.
+
+    `allowance` is how many bytes may be written until all this must be looked at again.
+    """
 
     remove: tuple[StoredFile, ...]
-    paused: Verdict | None
+    paused: Pauses
+    allowance: int
 
 
 def measure(directory: Path, files: Sequence[StoredFile]) -> Disk:
@@ -44,32 +58,115 @@ def measure(directory: Path, files: Sequence[StoredFile]) -> Disk:
     )
 
 
-def decide(disk: Disk, files: Sequence[StoredFile], limits: Limits, *, paused: bool) -> Decision:
-    """Finished files go, the oldest first (`files` are in that order), until both limits are kept.
+def free_bytes(directory: Path) -> int:
+    """What is free of the file system. Raises OSError."""
+    space = os.statvfs(directory)
+    return space.f_bavail * space.f_frsize
 
-    Files that are being written stay: when they are too much, captures pause. A pause ends only when there is an eighth
-    of the limit to spare, so that it does not come and go.
+
+def decide(
+    disk: Disk, files: Sequence[StoredFile], limits: Limits, *, owners: Mapping[str, Owner], paused: Pauses
+) -> Decision:
+    """In each scope that is over its limit finished files go, the oldest first (`files` are in that order).
+
+    Files that are being written stay: when they are too much, the captures of that scope pause, and no others. A pause
+    ends only when there is an eighth of the limit to spare, so that it does not come and go; older files make room for
+    that too. `owners` are the captures by UID; a file of none counts for the node alone.
     """
-    floor = limits.floor(disk)
-    excess = max(disk.used - limits.used, floor - disk.free)
-    remove: list[StoredFile] = []
-    for file in files:
-        if excess <= 0:
-            break
-        if file.finished:
-            remove.append(file)
-            excess -= file.size
-    removed = sum(file.size for file in remove)
-    used, free = disk.used - removed, disk.free + removed
-    most, least = (limits.used - limits.used // 8, floor + floor // 8) if paused else (limits.used, floor)
-    if free < least:
-        message = f"{_size(free)} are free on the node's disk and {_size(least)} must be: captures pause until they are"
-    elif used > most:
-        message = f"capture files take {_size(used)} of the node's disk, more than {_size(most)}: captures pause"
-    else:
-        return Decision(tuple(remove), None)
-    return Decision(tuple(remove), Verdict("Error", "DiskPressure", message))
+    guard = _Guard(files)
+    captures = _pause_each(
+        guard,
+        {uid: owner.limit for uid, owner in owners.items() if owner.limit is not None},
+        scope_of=lambda file: file.capture_uid,
+        paused=paused.captures,
+        message="the files of this capture take {used} of the node's disk, and its policy allows {limit} "
+        "(limits.maxBytesPerNode): it pauses",
+    )
+    namespaces = _pause_each(
+        guard,
+        {owner.namespace: limits.namespace for owner in owners.values()},
+        scope_of=lambda file: owners[file.capture_uid].namespace if file.capture_uid in owners else None,
+        paused=paused.namespaces,
+        message="capture files of this namespace take {used} of the node's disk, and {limit} are allowed "
+        "(MAX_NAMESPACE_BYTES): its captures pause",
+    )
+    node = guard.keep_node(disk, limits, paused.node)
+    return Decision(tuple(guard.removed), Pauses(node, namespaces, captures), guard.allowance)
+
+
+def _pause_each(
+    guard: "_Guard",
+    limits: Mapping[str, int],
+    *,
+    scope_of: Callable[[StoredFile], str | None],
+    paused: Mapping[str, Verdict],
+    message: str,
+) -> dict[str, Verdict]:
+    files: defaultdict[str | None, list[StoredFile]] = defaultdict(list)
+    for file in guard.files:
+        files[scope_of(file)].append(file)
+    verdicts = {}
+    for scope, limit in limits.items():
+        used = guard.keep(files[scope], limit=limit, paused=scope in paused)
+        if used is not None:
+            text = message.format(used=_size(used), limit=_size(limit))
+            verdicts[scope] = paused.get(scope) or Verdict("Error", "DiskPressure", text)
+    return verdicts
+
+
+@dataclass(slots=True)
+class _Guard:
+    """The files, as scope after scope takes away from them."""
+
+    _all: Sequence[StoredFile]
+    removed: dict[StoredFile, None] = field(default_factory=dict)
+    allowance: int = 1 << 60
+
+    @property
+    def files(self) -> list[StoredFile]:
+        return [file for file in self._all if file not in self.removed]
+
+    def keep(self, files: Sequence[StoredFile], *, limit: int, paused: bool) -> int | None:
+        """Remove what is too much. Returns what the files take when that is still too much, else None."""
+        used = sum(file.size for file in files)
+        most = limit - limit // 8 if paused else limit
+        used -= self._remove(files, used - most)
+        self._allow(limit - used, limit)
+        return used if used > most else None
+
+    def keep_node(self, disk: Disk, limits: Limits, paused: Verdict | None) -> Verdict | None:
+        floor = limits.floor(disk)
+        least = floor + floor // 8 if paused else floor
+        most = limits.used - limits.used // 8 if paused else limits.used
+        remaining = self.files
+        used, free = sum(file.size for file in remaining), disk.free + sum(file.size for file in self.removed)
+        removed = self._remove(remaining, max(used - most, least - free))
+        used, free = used - removed, free + removed
+        self._allow(limits.used - used, limits.used)
+        self._allow(free - floor, floor)
+        if free < least:
+            message = f"{_size(free)} are free on the node's disk and {_size(least)} must be: captures pause until then"
+        elif used > most:
+            message = f"capture files take {_size(used)} of the node's disk, and {_size(most)} are allowed "
+            message += "(MAX_USED_BYTES): captures pause"
+        else:
+            return None
+        return paused or Verdict("Error", "DiskPressure", message)
+
+    def _remove(self, files: Iterable[StoredFile], excess: int) -> int:
+        removed = 0
+        for file in files:
+            if removed >= excess:
+                break
+            if file.finished:
+                self.removed[file] = None
+                removed += file.size
+        return removed
+
+    def _allow(self, left: int, whole: int) -> None:
+        """Half of what is left; but where hardly any is, as in a scope that stays at its limit, still a step."""
+        self.allowance = min(self.allowance, max(left // 2, whole // 256))
 
 
 def _size(number: int) -> str:
-    return f"{number / 1_000_000:.0f} MB"
+    return f"{number / 1_000_000:,.0f} MB"

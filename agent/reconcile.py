@@ -3,15 +3,17 @@
 It is asked again after every change and at the time that it names itself, and answers from the whole state each time.
 """
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 
 from pydantic import ValidationError
 
 from agent.capturer.protocol import ProtocolError, Target
 from agent.pods import OPT_OUT_LABEL, OPT_OUT_VALUE, Pod
 from api import stamp
+from api.capturepolicy import Limits
 from api.object import ObjectMeta, explain
 from api.packetcapture import PacketCapture, Phase
 from api.selector import PodSelector
@@ -28,12 +30,87 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
+class Pauses:
+    """What is not captured for the time being, for want of room: nothing on the node, of a namespace, of a capture."""
+
+    node: Verdict | None = None
+    namespaces: Mapping[str, Verdict] = field(default_factory=dict)
+    captures: Mapping[str, Verdict] = field(default_factory=dict)
+
+    @property
+    def verdicts(self) -> set[Verdict]:
+        return {*filter(None, [self.node]), *self.namespaces.values(), *self.captures.values()}
+
+    def of(self, metadata: ObjectMeta) -> Verdict | None:
+        return self.node or self.namespaces.get(metadata.namespace or "") or self.captures.get(metadata.uid)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLimits:
+    """How much may be captured on the node at once: pods times captures, and bytes of memory for their rings."""
+
+    targets: int = 256
+    ring_bytes: int = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
 class Order:
-    """A PacketCapture that may be obeyed: read, its stamp fitting. `end` is when it ends at the latest."""
+    """A PacketCapture that may be obeyed: read, its stamp fitting. `end` is when it ends at the latest.
+
+    What it makes of each pod is remembered: there are many pods and captures, and only few of them change at a time.
+    """
 
     capture: PacketCapture
     selector: PodSelector
+    filter: str
+    limits: Limits
     end: datetime | None
+    direct: bool = False
+    known: dict[str, tuple[Pod, "Target | Verdict | None"]] = field(default_factory=dict, compare=False, repr=False)
+
+    def of(self, pod: Pod) -> "Target | Verdict | None":
+        """How to capture the pod, or why that can't be done; None when the capture does not concern it."""
+        known = self.known.get(pod.name)
+        if known is not None and known[0] is pod:
+            return known[1]
+        made = self._target_of(pod) if self._matches(pod) else None
+        self.known[pod.name] = pod, made
+        return made
+
+    def forget_others(self, names: Collection[str]) -> None:
+        """Remember only pods of these names."""
+        if len(self.known) > len(names):
+            for name in self.known.keys() - names:
+                del self.known[name]
+
+    def _matches(self, pod: Pod) -> bool:
+        same = pod.namespace == self.capture.metadata.namespace
+        return same and not pod.finished and self.selector.matches(pod.labels)
+
+    def _target_of(self, pod: Pod) -> "Target | Verdict":
+        obstacle = _obstacle(pod)
+        if obstacle is not None:
+            return obstacle
+        spec = self.capture.spec
+        age = spec.rotation.max_file_age
+        try:
+            return Target(
+                capture_uid=self.capture.metadata.uid,
+                pod_uid=pod.cgroup_uid,
+                pod_name=pod.name,
+                pod_addresses=pod.addresses,
+                interfaces=tuple(dict.fromkeys(spec.interfaces)),
+                filter=self.filter,
+                snap_length=spec.snap_length,
+                ring_bytes=self.limits.ring_size,
+                max_file_bytes=spec.rotation.max_file_size,
+                max_file_age_seconds=max(1, round(age / timedelta(seconds=1))) if age else 0,
+                max_files=spec.rotation.max_files,
+                until=self.end.timestamp() if self.end is not None else None,
+                direct=self.direct,
+            )
+        except ProtocolError as error:
+            return Verdict("Error", "NotSupported", f"pod {pod.name} can't be captured: {error}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +125,23 @@ class Capture:
         return self.metadata.uid
 
 
-def parse_capture(document: Json) -> Capture:
-    """Read a PacketCapture and check its stamp. Raises ValueError when it has no proper metadata."""
+def parse_capture(document: Json, *, direct: bool = False) -> Capture:
+    """Read a PacketCapture and check its stamp. Raises ValueError when it has no proper metadata.
+
+    `direct` asks for writes past the page cache.
+    """
     metadata = ObjectMeta.model_validate(document["metadata"])
     try:
         capture = PacketCapture.model_validate(document)
-        end = stamp.check(capture).ends(capture)
+        stamped = stamp.check(capture)
     except ValidationError as error:
         message = f"this release of the agent can't read it: {explain(error)}"
         return Capture(metadata, Verdict("Error", "Unreadable", message))
     except stamp.StampError as error:
         return Capture(metadata, Verdict("Error", error.reason, str(error)))
-    return Capture(metadata, Order(capture, capture.spec.pods(), end))
+    spec = capture.spec
+    order = Order(capture, spec.pods(), spec.filter_expression(), stamped.limits, stamped.ends(capture), direct)
+    return Capture(metadata, order)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,29 +174,97 @@ def plan(
     *,
     namespaces_opted_out: Collection[str],
     now: datetime,
-    ring_bytes: int,
-    paused: Verdict | None = None,
+    limits: NodeLimits,
+    running: Mapping[str, int] | None = None,
+    paused: Pauses | None = None,
 ) -> Plan:
-    """Decide for all captures. `paused` stops every one of them, with that verdict (a full disk)."""
-    plans = []
+    """Decide for all captures.
+
+    `running` are the targets that have a place already, with the number of interfaces of each: `limits` never take it
+    from them. Of the others the older capture goes first. `paused` stops captures with its verdicts (a full disk).
+    """
+    paused = paused or Pauses()
+    by_namespace: defaultdict[str, dict[str, Pod]] = defaultdict(dict)
+    for pod in pods:
+        by_namespace[pod.namespace][pod.name] = pod
+    plans: dict[str, CapturePlan] = {}
     moments: list[datetime] = []
-    for capture in captures:
+    room = _Room(limits, running or {})
+    for capture in sorted(captures, key=_age):
         if isinstance(capture.order, Verdict):
-            plans.append(CapturePlan(capture, verdict=capture.order))
+            plans[capture.uid] = CapturePlan(capture, verdict=capture.order)
             continue
-        matched = [pod for pod in pods if _matches(pod, capture.order)]
-        verdict = _held_back(capture.order, now) or paused
+        order, own = capture.order, by_namespace[capture.metadata.namespace or ""]
+        order.forget_others(own.keys())
+        matched = [(pod, made) for pod in own.values() if (made := order.of(pod)) is not None]
+        verdict = _held_back(order, now) or paused.of(capture.metadata)
         if verdict is None:
-            plans.append(_plan_pods(capture, capture.order, matched, namespaces_opted_out, ring_bytes))
+            opted_out = capture.metadata.namespace in namespaces_opted_out
+            plans[capture.uid] = _plan_pods(capture, matched, opted_out=opted_out)
         else:
-            plans.append(CapturePlan(capture, len(matched), verdict=verdict))
-        moments += _moments(capture.order, now)
-    targets = {target.id: target for capture_plan in plans for target in capture_plan.targets}
-    return Plan(tuple(plans), targets, min(moments, default=None))
+            plans[capture.uid] = CapturePlan(capture, len(matched), verdict=verdict)
+        moments += _moments(order, now)
+    room.reserve(target for each in plans.values() for target in each.targets)
+    plans = {uid: room.admit(each) for uid, each in plans.items()}
+    targets = {target.id: target for each in plans.values() for target in each.targets}
+    return Plan(tuple(plans.values()), targets, min(moments, default=None))
 
 
-def _matches(pod: Pod, order: Order) -> bool:
-    return pod.namespace == order.capture.metadata.namespace and not pod.finished and order.selector.matches(pod.labels)
+def _age(capture: Capture) -> tuple[datetime, str]:
+    return capture.metadata.creation_timestamp or _NEVER, capture.uid
+
+
+_NEVER = datetime.max.replace(tzinfo=UTC)
+
+
+class _Room:
+    """What the node's limits leave."""
+
+    def __init__(self, limits: NodeLimits, running: Mapping[str, int]) -> None:
+        self._limits = limits
+        self._running = running
+        self._targets = limits.targets
+        self._ring_bytes = limits.ring_bytes
+
+    def reserve(self, targets: Iterable[Target]) -> None:
+        """Those that run keep their place."""
+        for target in targets:
+            if target.id in self._running:
+                self._take(target)
+
+    def admit(self, plan: CapturePlan) -> CapturePlan:
+        """The plan without the targets for which there is no room."""
+        refused: dict[str, str] = {}
+        for target in plan.targets:
+            if target.id not in self._running:
+                limit = self._limit_reached(target)
+                if limit is None:
+                    self._take(target)
+                else:
+                    refused[target.id] = limit
+        if not refused:
+            return plan
+        limit = next(iter(refused.values()))
+        message = f"{len(refused)} of its pods are not captured, since {limit} on this node at once"
+        verdict = _most_telling([each for each in (plan.verdict, Verdict("Error", "NodeLimit", message)) if each])
+        return replace(
+            plan, targets=tuple(target for target in plan.targets if target.id not in refused), verdict=verdict
+        )
+
+    def _limit_reached(self, target: Target) -> str | None:
+        if self._targets < 1:
+            return f"at most {self._limits.targets} pods times captures (MAX_TARGETS) are"
+        if self._ring_bytes < self._size(target):
+            return f"at most {self._limits.ring_bytes >> 20} MiB of rings (MAX_RING_BYTES) are allowed"
+        return None
+
+    def _take(self, target: Target) -> None:
+        self._targets -= 1
+        self._ring_bytes -= self._size(target)
+
+    def _size(self, target: Target) -> int:
+        """How many interfaces a pod has is known once it is captured."""
+        return target.ring_bytes * max(1, len(target.interfaces), self._running.get(target.id, 1))
 
 
 def _held_back(order: Order, now: datetime) -> Verdict | None:
@@ -138,22 +288,12 @@ def _held_back(order: Order, now: datetime) -> Verdict | None:
     return None
 
 
-def _plan_pods(
-    capture: Capture, order: Order, matched: list[Pod], namespaces_opted_out: Collection[str], ring_bytes: int
-) -> CapturePlan:
-    targets = []
-    verdicts = []
-    for pod in matched:
-        obstacle = _obstacle(pod, namespaces_opted_out)
-        if obstacle is None:
-            try:
-                targets.append(_target(order, pod, ring_bytes=ring_bytes))
-            except ProtocolError as error:
-                obstacle = Verdict("Error", "NotSupported", f"pod {pod.name} can't be captured: {error}")
-        if obstacle is not None:
-            verdicts.append(obstacle)
-    terminating = {pod.uid for pod in matched if pod.terminating}
-    ending = frozenset(target.id for target in targets if target.pod_uid in terminating)
+def _plan_pods(capture: Capture, matched: list[tuple[Pod, Target | Verdict]], *, opted_out: bool) -> CapturePlan:
+    if opted_out and matched:
+        return CapturePlan(capture, len(matched), verdict=_opted_out(f"namespace {capture.metadata.namespace}"))
+    targets = [made for _, made in matched if isinstance(made, Target)]
+    verdicts = [made for _, made in matched if isinstance(made, Verdict)]
+    ending = frozenset(made.id for pod, made in matched if pod.terminating and isinstance(made, Target))
     return CapturePlan(capture, len(matched), tuple(targets), _most_telling(verdicts), ending)
 
 
@@ -161,14 +301,13 @@ def _most_telling(verdicts: list[Verdict]) -> Verdict | None:
     return min(verdicts, key=lambda verdict: verdict.state != "Error", default=None)
 
 
-def _obstacle(pod: Pod, namespaces_opted_out: Collection[str]) -> Verdict | None:
+def _obstacle(pod: Pod) -> Verdict | None:
     """Why a matching pod can't be captured; None when it can.
 
     A pod that is terminating is captured to its end: how it closes its connections is part of its traffic.
     """
-    if pod.opted_out or pod.namespace in namespaces_opted_out:
-        where = f"pod {pod.name}" if pod.opted_out else f"namespace {pod.namespace}"
-        return Verdict("Error", "OptedOut", f"{where} has the label {OPT_OUT_LABEL}={OPT_OUT_VALUE}")
+    if pod.opted_out:
+        return _opted_out(f"pod {pod.name}")
     if pod.host_network:
         message = f"pod {pod.name} uses the node's network, which holds everyone's traffic: such pods are not captured"
         return Verdict("Error", "HostNetwork", message)
@@ -177,23 +316,8 @@ def _obstacle(pod: Pod, namespaces_opted_out: Collection[str]) -> Verdict | None
     return None
 
 
-def _target(order: Order, pod: Pod, *, ring_bytes: int) -> Target:
-    """Raises ProtocolError when the capturer could not take it."""
-    spec = order.capture.spec
-    age = spec.rotation.max_file_age
-    return Target(
-        capture_uid=order.capture.metadata.uid,
-        pod_uid=pod.uid,
-        pod_name=pod.name,
-        pod_addresses=pod.addresses,
-        filter=spec.filter_expression(),
-        snap_length=spec.snap_length,
-        ring_bytes=ring_bytes,
-        max_file_bytes=spec.rotation.max_file_size,
-        max_file_age_seconds=max(1, round(age / timedelta(seconds=1))) if age else 0,
-        max_files=spec.rotation.max_files,
-        until=order.end.timestamp() if order.end is not None else None,
-    )
+def _opted_out(what: str) -> Verdict:
+    return Verdict("Error", "OptedOut", f"{what} has the label {OPT_OUT_LABEL}={OPT_OUT_VALUE}")
 
 
 def _moments(order: Order, now: datetime) -> list[datetime]:

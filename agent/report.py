@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final, NoReturn
 
-from api.capturenode import CaptureNodeStatus, Disk, NodeCapture
+from agent.summary import FILTER_MATCHED_NOTHING
+from api.capturenode import CaptureNodeStatus, Capturer, Disk, NodeCapture
 from kube.client import CAPTURENODES, NODES, Client, Json
 from kube.status import StatusError
 from kube.watch import Signal
@@ -28,7 +29,7 @@ class Intervals:
     """Seconds between writes: at least, for changed states; at most, for changed counters; at most, for no change."""
 
     states: float = 0.25
-    counters: float = 10.0
+    counters: float = 30.0
     heartbeat: float = 30.0
 
 
@@ -38,11 +39,18 @@ class Facts:
 
     captures: tuple[NodeCapture, ...] = ()
     disk: Disk | None = None
+    capturer: Capturer | None = None
 
     @property
     def states(self) -> list[tuple[object, ...]]:
         """What a person waits for to change."""
-        return [(item.uid, item.state, item.reason, item.message, item.pods) for item in self.captures]
+        return [_state(item) for item in self.captures]
+
+
+def _state(item: NodeCapture) -> tuple[object, ...]:
+    message = "" if item.reason == FILTER_MATCHED_NOTHING else item.message
+    counted = bool(item.evicted), item.interruptions, item.interrupted_at
+    return item.uid, item.state, item.reason, message, item.pods, item.matched, *counted
 
 
 def pace(*, written: Facts | None, written_at: float, current: Facts, now: float, intervals: Intervals) -> float:
@@ -69,24 +77,29 @@ class Reporter:
         pod: str,
         version: str,
         intervals: Intervals,
+        on_write: Callable[[StatusError | None], object] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`on_write` is called after each write, with the error when there was one."""
         self._client = client
         self._node = node
         self._pod = pod
         self._version = version
         self._intervals = intervals
+        self._on_write = on_write
         self._clock = clock
         self._current = Facts()
         self._changed = Signal()
         self._owner: Json | None = None
 
-    def update(self, captures: Sequence[NodeCapture], disk: Disk | None) -> None:
+    def update(
+        self, captures: Sequence[NodeCapture], *, disk: Disk | None = None, capturer: Capturer | None = None
+    ) -> None:
         """Report this from now on; when it is written, `run` decides."""
         if len(captures) > _MOST_CAPTURES:
             log.warning("%d captures concern this node, %d are reported", len(captures), _MOST_CAPTURES)
         ordered = sorted(captures, key=lambda capture: (capture.namespace, capture.name, capture.uid))
-        facts = Facts(tuple(ordered[:_MOST_CAPTURES]), disk)
+        facts = Facts(tuple(ordered[:_MOST_CAPTURES]), disk, capturer)
         if facts != self._current:
             self._current = facts
             self._changed.set()
@@ -112,9 +125,11 @@ class Reporter:
                 await self._write(facts)
             except StatusError as error:
                 log.warning("writing the CaptureNode %s: %s", self._node, error.message)
+                self._on_write(error)
                 await asyncio.sleep(retry)
                 retry = min(retry * 2, _LONGEST_RETRY)
                 continue
+            self._on_write(None)
             retry = 1.0
             written, written_at = facts, self._clock()
 
@@ -128,6 +143,7 @@ class Reporter:
             pod=self._pod,
             version=self._version,
             disk=facts.disk,
+            capturer=facts.capturer,
             captures=list(facts.captures),
         )
         body: dict[str, Any] = {

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -19,11 +19,15 @@ from pydantic import ValidationError
 
 from agent import pcapfile
 from agent.capturer.capture import Series
+from agent.capturer.libpcap import FILE_HEADER_BYTES
 from agent.capturer.protocol import FileStatus, Target, TargetStatus
 from api import names
 from api.files import PacketCaptureFile
 
 RECORD_SUFFIX: Final = ".json"
+COUNTERS_NAME: Final = "counters.json"
+"""In a capture's directory, beside its files: what is counted of it."""
+
 _READ_BYTES: Final = 1 << 20
 
 log = logging.getLogger(__name__)
@@ -42,8 +46,16 @@ class FileRecord(PacketCaptureFile):
     """The filter, as libpcap compiled it."""
     snap_length: int | None
     """Bytes kept of each packet at most."""
+    run: int
+    """When the capture of the pod began that wrote it, in ns since 1970; the file's creation when nobody knows."""
+    opened: str
+    """When it was begun (RFC 3339, nanoseconds): what came between two files of an interface is in neither."""
+    closed: str
+    """When its last byte was written, at the latest."""
     recovered: bool
-    """Whether its writer died: then what it had not written yet is in no file and in no count."""
+    """Whether its writer died: then what it had not written yet is in no file."""
+    torn_bytes: int = 0
+    """Bytes of a packet half written that were cut off its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +64,19 @@ class _Known:
 
     status: FileStatus
     target: Target
+    run: int
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """Where a file ends and what is in it, however its writer ended."""
+
+    size: int
+    packets: int
+    first: int | None
+    last: int | None
+    closed: int
+    torn: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +110,7 @@ class Store:
         self._known: dict[str, dict[str, _Known]] = {}
         self._records: dict[str, dict[str, FileRecord]] = {}
         self._times: dict[tuple[str, str], tuple[int, int | None, int | None]] = {}
+        self._strangers: set[str] = set()
 
     def observe(self, status: TargetStatus) -> bool:
         """Take note of what the capturer says of a target's files. Returns whether a file is new, or was closed."""
@@ -94,7 +120,7 @@ class Store:
             for file in interface.files:
                 earlier = known.get(file.name)
                 news |= earlier is None or earlier.status.open != file.open
-                known[file.name] = _Known(file, status.target)
+                known[file.name] = _Known(file, status.target, status.started)
         return news
 
     async def files(self, capture_uid: str) -> list[PacketCaptureFile]:
@@ -110,9 +136,8 @@ class Store:
         known = self._known.get(capture_uid, {}).get(name)
         return known.target.id if known is not None and known.status.open else None
 
-    async def finish(self, *, on_recovered: Callable[[str, int], None]) -> None:
-        """Write the records that are missing. `on_recovered` gets, for each file whose writer died, the capture's UID
-        and how many packets more it holds than were told."""
+    async def finish(self, *, on_record: Callable[[str, FileRecord], None]) -> None:
+        """Write the records that are missing. `on_record` gets each of them, with the capture's UID."""
         before = self._engaged()
         present = await asyncio.to_thread(lambda: list(self._unrecorded()))
         after = self._engaged()
@@ -130,8 +155,13 @@ class Store:
                 log.warning("record of %s: %s", name, error)
                 continue
             if record.recovered:
-                log.warning("%s was left by a capturer that died: %d packets in it", name, record.packets)
-                on_recovered(capture_uid, record.packets - (known.status.packets if known else 0))
+                log.warning(
+                    "%s was left by a capturer that died: %d packets in it, %d torn bytes at its end",
+                    name,
+                    record.packets,
+                    record.torn_bytes,
+                )
+            on_record(capture_uid, record)
 
     async def usage(self) -> list[StoredFile]:
         """Every file, oldest first."""
@@ -145,9 +175,18 @@ class Store:
         """Remove one file and its record."""
         await asyncio.to_thread(self._remove, capture_uid, name)
 
+    async def counters(self) -> dict[str, bytes]:
+        """What `keep_counters` wrote, by the capture's UID."""
+        return await asyncio.to_thread(self._all_counters)
+
+    async def keep_counters(self, contents: Mapping[str, bytes]) -> None:
+        """Keep what is counted of captures, by their UIDs, for as long as their directories are there."""
+        await asyncio.to_thread(self._keep_counters, contents)
+
     async def retain(self, capture_uids: Collection[str], *, writing: Callable[[], Collection[str]]) -> list[str]:
         """Remove the files of all captures but these and those of targets in `writing`. Returns whose were removed."""
         gone = []
+        await asyncio.to_thread(self._name_strangers)
         for capture_uid in await asyncio.to_thread(self._capture_uids):
             busy = {target_id.split("/")[0] for target_id in writing()}
             if capture_uid not in capture_uids and capture_uid not in busy:
@@ -168,6 +207,30 @@ class Store:
         with contextlib.suppress(FileNotFoundError):
             return [name for name in os.listdir(self._directory) if names.is_uid(name)]
         return []  # the capturer makes the directory when it starts
+
+    def _name_strangers(self) -> None:
+        """Say once what lies here that is not ours; it is left alone."""
+        with contextlib.suppress(FileNotFoundError):
+            for name in os.listdir(self._directory):
+                if not names.is_uid(name) and not name.startswith(".") and name not in self._strangers:
+                    self._strangers.add(name)
+                    log.warning("%s is not of ours and is left alone", self._directory / name)
+
+    def _all_counters(self) -> dict[str, bytes]:
+        contents = {}
+        for capture_uid in self._capture_uids():
+            with contextlib.suppress(FileNotFoundError):
+                contents[capture_uid] = (self._directory / capture_uid / COUNTERS_NAME).read_bytes()
+        return contents
+
+    def _keep_counters(self, contents: Mapping[str, bytes]) -> None:
+        for capture_uid, content in contents.items():
+            try:
+                _write_atomically(self._directory / capture_uid / COUNTERS_NAME, content)
+            except FileNotFoundError:
+                continue  # without a directory it has no files, and never had
+            except OSError as error:
+                log.warning("counters of capture %s: %s", capture_uid, error)
 
     def _names(self, capture_uid: str) -> list[str]:
         with contextlib.suppress(FileNotFoundError):
@@ -269,36 +332,39 @@ class Store:
         path = self._directory / capture_uid / name
         closed = known is not None and not known.status.open
         with _opened(path) as descriptor:
-            if known is not None and closed:
-                first, last = _times(descriptor, known.status)
-                size, packets = known.status.size, known.status.packets
-            else:
-                walk = pcapfile.whole_size(descriptor)
-                size, packets, first, last = walk.end, walk.packets, walk.first, walk.last
-            if not size:
+            end = _closed_end(descriptor, known.status) if known and closed else _torn_end(descriptor, known)
+            if not end.size:
                 path.unlink()
                 raise FileNotFoundError(f"{name} ended within its header")
-            digest = _sha256(descriptor, size)
+            if end.torn:
+                _cut(path, end.size)
+            digest = _sha256(descriptor, end.size)
         series, _ = Series.of(name)
         pod, _, interface = series.prefix.partition("_")
-        dropped = known.status.dropped if known else 0
+        opened = names.created(name)
+        # Packets that were told and are not there were lost with the node's page cache.
+        dropped = known.status.dropped + max(0, known.status.packets - end.packets) if known else 0
         record = FileRecord(
             node=self._node,
             pod=known.target.pod_name if known else pod,
             interface=known.status.interface if known else interface,
             name=name,
-            size=size,
-            packets=packets,
-            received=packets + dropped,
+            size=end.size,
+            packets=end.packets,
+            received=end.packets + dropped,
             dropped=dropped,
-            first_packet_time=_format(first),
-            last_packet_time=_format(last),
+            first_packet_time=_format(end.first),
+            last_packet_time=_format(end.last),
             sha256=digest,
             pod_uid=known.target.pod_uid if known else series.pod_uid,
             addresses=list(known.target.pod_addresses) if known else [],
             filter=known.target.filter if known else "",
             snap_length=known.target.snap_length if known else None,
+            run=known.run if known else opened,
+            opened=names.format_time(opened),
+            closed=names.format_time(end.closed),
             recovered=not closed,
+            torn_bytes=end.torn,
         )
         _write_atomically(path.with_name(f"{name}{RECORD_SUFFIX}"), record.model_dump_json(exclude_none=True).encode())
         self._records.setdefault(capture_uid, {})[name] = record
@@ -308,28 +374,33 @@ class Store:
         """Also forgets what rotation has removed."""
         files = []
         for capture_uid in self._capture_uids():
-            present = self._names(capture_uid)
-            self._forget_rotated(capture_uid, frozenset(present))
-            for name in present:
-                with contextlib.suppress(FileNotFoundError):
-                    size = (self._directory / capture_uid / name).stat().st_size
-                    known = self._known.get(capture_uid, {}).get(name)
-                    # On a full disk no record can be written, and the file has to go nevertheless.
-                    closed = known is not None and not known.status.open
-                    finished = closed or self._read_record(capture_uid, name) is not None
-                    files.append(StoredFile(capture_uid, name, size, finished))
-        return sorted(files, key=lambda file: file.name.rsplit("-", 3)[1])
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                known = [*self._records.get(capture_uid, {}), *self._known.get(capture_uid, {})]
+                entries = set(os.listdir(self._directory / capture_uid))
+                present = {name for name in entries if names.is_file_name(name)}
+                self._forget_rotated(capture_uid, entries, gone={name for name in known if name not in present})
+                files += [file for name in present if (file := self._stored(capture_uid, name)) is not None]
+        return sorted(files, key=lambda file: (file.name.rsplit("-", 3)[1], file.name))
 
-    def _forget_rotated(self, capture_uid: str, present: Collection[str]) -> None:
-        for entry in os.listdir(self._directory / capture_uid):
+    def _stored(self, capture_uid: str, name: str) -> StoredFile | None:
+        with contextlib.suppress(FileNotFoundError):
+            size = (self._directory / capture_uid / name).stat(follow_symlinks=False).st_size
+            known = self._known.get(capture_uid, {}).get(name)
+            # On a full disk no record can be written, and the file has to go nevertheless.
+            closed = known is not None and not known.status.open
+            finished = closed or self._read_record(capture_uid, name) is not None
+            return StoredFile(capture_uid, name, size, finished)
+        return None
+
+    def _forget_rotated(self, capture_uid: str, entries: Collection[str], *, gone: Collection[str]) -> None:
+        for entry in entries:
             name = entry.removesuffix(RECORD_SUFFIX)
-            if entry != name and names.is_file_name(name) and name not in present:
+            if entry != name and names.is_file_name(name) and name not in entries:
                 (self._directory / capture_uid / entry).unlink(missing_ok=True)
-        for kept in (self._records.get(capture_uid, {}), self._known.get(capture_uid, {})):
-            for name in kept.keys() - present:
-                kept.pop(name, None)
-        for key in [key for key in list(self._times) if key[0] == capture_uid and key[1] not in present]:
-            self._times.pop(key, None)
+        for name in gone:
+            self._records.get(capture_uid, {}).pop(name, None)
+            self._known.get(capture_uid, {}).pop(name, None)
+            self._times.pop((capture_uid, name), None)
 
     def _remove(self, capture_uid: str, name: str) -> None:
         path = self._directory / capture_uid / name
@@ -341,6 +412,39 @@ def _times(descriptor: int, file: FileStatus) -> tuple[int | None, int | None]:
     """When the first and the last packet were seen, from the first header and those of the last batch."""
     last = pcapfile.walk(descriptor, start=file.last_batch_offset, end=file.size).last
     return pcapfile.first_time(descriptor, file.size), last
+
+
+def _closed_end(descriptor: int, file: FileStatus) -> _End:
+    """Of a file that was closed well: as the capturer told."""
+    first, last = _times(descriptor, file)
+    return _End(file.size, file.packets, first, last, file.closed or file.created)
+
+
+def _torn_end(descriptor: int, known: _Known | None) -> _End:
+    """Of a file whose writer died: its last whole packet. What was told of it need not be walked again."""
+    status = os.fstat(descriptor)
+    if known is not None and FILE_HEADER_BYTES <= known.status.size <= status.st_size:
+        told = known.status
+        walk = pcapfile.walk(descriptor, start=told.size, end=status.st_size)
+        first, last = _times(descriptor, told)
+        packets = told.packets + walk.packets
+        first, last = first if told.packets else walk.first, walk.last if walk.packets else last
+    else:
+        walk = pcapfile.whole_size(descriptor)
+        packets, first, last = walk.packets, walk.first, walk.last
+    return _End(walk.end, packets, first, last, status.st_mtime_ns, torn=status.st_size - walk.end)
+
+
+def _cut(path: Path, size: int) -> None:
+    """Cut off what is torn. Where that can't be done no more than `size` is served all the same."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.ftruncate(descriptor, size)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        log.warning("the torn end of %s stays: %s", path.name, error)
 
 
 def _format(moment: int | None) -> str | None:
@@ -370,5 +474,10 @@ def _opened(path: Path) -> Iterator[int]:
 
 def _write_atomically(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.new")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # on a full disk it would take what is left
+        raise

@@ -1,55 +1,17 @@
 """What this node says of each capture: its plan, what the capturer makes of it, and its files, put into one state."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from agent.capturer.protocol import State, TargetStatus
 from agent.reconcile import CapturePlan, Verdict
+from agent.tally import Count, Counters
 from api.capturenode import LONGEST_MESSAGE, NodeCapture
 
+FILTER_MATCHED_NOTHING = "FilterMatchedNothing"
+"""The reason whose message changes with every packet."""
+
 _LONGEST_REASON = 128
-
-
-@dataclass(slots=True)
-class Count:
-    """Packets written, and those that passed the filter and were lost."""
-
-    packets: int = 0
-    dropped: int = 0
-
-
-class Tally:
-    """What the runs that are over have counted, by the capture's UID.
-
-    Together with the runs that go on these are a capture's counters. They begin anew, at what is in finished files,
-    when the agent does.
-    """
-
-    def __init__(self) -> None:
-        self._counts: dict[str, Count] = {}
-
-    def add(self, capture_uid: str, *, packets: int, dropped: int = 0) -> None:
-        count = self._counts.setdefault(capture_uid, Count())
-        count.packets += packets
-        count.dropped += dropped
-
-    def add_run(self, status: TargetStatus) -> None:
-        """A run has ended with this status."""
-        for interface in status.interfaces:
-            self.add(status.target.capture_uid, packets=interface.packets, dropped=interface.dropped)
-
-    def total(self, capture_uid: str, running: Iterable[TargetStatus]) -> Count:
-        """The capture's counters now."""
-        kept = self._counts.get(capture_uid, Count())
-        total = Count(kept.packets, kept.dropped)
-        for status in running:
-            if status.target.capture_uid == capture_uid:
-                total.packets += sum(interface.packets for interface in status.interfaces)
-                total.dropped += sum(interface.dropped for interface in status.interfaces)
-        return total
-
-    def forget(self, capture_uid: str) -> None:
-        self._counts.pop(capture_uid, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +23,12 @@ class Files:
 
 
 def summarize(
-    plan: CapturePlan, *, status: Callable[[str], TargetStatus | None], count: Count, files: Files
+    plan: CapturePlan, *, status: Callable[[str], TargetStatus | None], counters: Counters, files: Files
 ) -> NodeCapture | None:
     """The capture as seen from this node; None when it does not concern it: no pod of it here, and no file."""
     if not plan.matched and not files.count:
         return None
+    count = counters.total
     statuses = [known for target in plan.targets if (known := status(target.id)) is not None]
     verdict = _verdict(plan, statuses, count)
     metadata = plan.capture.metadata
@@ -81,6 +44,11 @@ def summarize(
         packets=count.packets,
         bytes=files.size,
         dropped=count.dropped,
+        matched=plan.matched,
+        seen=count.seen,
+        evicted=counters.evicted,
+        interruptions=counters.interruptions,
+        interrupted_at=counters.interrupted_at,
     )
 
 
@@ -96,7 +64,7 @@ def _verdict(plan: CapturePlan, statuses: list[TargetStatus], count: Count) -> V
         if status.state is State.FAILED and status.target.id not in plan.ending:
             trouble = Verdict("Error", status.reason, f"pod {status.target.pod_name}: {status.message}")
     if capturing := _capturing(statuses):
-        state = Verdict("Capturing") if count.packets else _NOTHING_YET
+        state = Verdict("Capturing") if count.packets else _nothing_yet(count.seen, capturing)
         if trouble is None:
             return state
         return Verdict(state.state, trouble.reason, f"{capturing} of {plan.matched} pods; {trouble.message}")
@@ -104,7 +72,14 @@ def _verdict(plan: CapturePlan, statuses: list[TargetStatus], count: Count) -> V
 
 
 _STARTING = Verdict("WaitingForTraffic", "Starting", "the capture is being started")
-_NOTHING_YET = Verdict("WaitingForTraffic", "NoPacketYet", "no packet of these pods has passed the filter yet")
+_NO_PACKET = Verdict("WaitingForTraffic", "NoPacketYet", "no packet of these pods has been seen yet")
+
+
+def _nothing_yet(seen: int, pods: int) -> Verdict:
+    if not seen:
+        return _NO_PACKET
+    message = f"filter matched 0 of {seen:,} packets seen on {pods} pod{'s' if pods != 1 else ''}"
+    return Verdict("WaitingForTraffic", FILTER_MATCHED_NOTHING, message)
 
 
 def _clamp(text: str, longest: int) -> str:

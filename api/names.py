@@ -3,6 +3,7 @@
 Standard library only, since the capturer makes file names.
 """
 
+import calendar
 import re
 import time
 
@@ -14,6 +15,7 @@ WEBHOOK_PATH_KEY = "path"
 
 _LONGEST_POD = 150
 _UID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+_STATIC_POD_UID = re.compile(r"[0-9a-f]{32}")  # kubelet gives it, a hash
 _DNS_LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 _DNS_SUBDOMAIN = re.compile(rf"{_DNS_LABEL}(\.{_DNS_LABEL})*")
 _WEBHOOK_PATH = re.compile(r"[a-z0-9]{16,63}")
@@ -29,7 +31,7 @@ def file_name(*, pod: str, interface: str, created_ns: int, pod_uid: str, sequen
     `<pod, at most 150 characters>_<interface>-<UTC time>-<pod UID, 8>-<sequence>.pcap`. A character of the interface's
     name that is not safe in a path or URL becomes `=`; the kernel allows all but `/` and white space (dev_valid_name).
     """
-    if not is_uid(pod_uid):
+    if not (is_uid(pod_uid) or _STATIC_POD_UID.fullmatch(pod_uid)):
         raise ValueError(f"{pod_uid!r} is no UID")
     if not is_dns_subdomain(pod):
         raise ValueError(f"{pod!r} is no name of a pod")
@@ -43,6 +45,13 @@ def file_name(*, pod: str, interface: str, created_ns: int, pod_uid: str, sequen
 def is_file_name(text: str) -> bool:
     """Whether `file_name` could have made it: so it is no path, not hidden, and needs no quoting in a URL."""
     return _FILE_NAME.fullmatch(text) is not None
+
+
+def created(name: str) -> int:
+    """When the file of this valid name was created, in nanoseconds since 1970."""
+    _, moment, _, _ = name.rsplit("-", 3)
+    seconds, fraction = moment.removesuffix("Z").split(".")
+    return calendar.timegm(time.strptime(seconds, "%Y%m%dT%H%M%S")) * 1_000_000_000 + int(fraction)
 
 
 def is_uid(text: str) -> bool:

@@ -76,8 +76,11 @@ async def _drained(runner: web.AppRunner, seconds: float) -> None:
     await runner.cleanup()
 
 
-def health(checks: Mapping[str, Check]) -> web.Application:
-    """`/healthz` and `/livez` answer 200 while the event loop turns, `/readyz` 503 with what is not ready."""
+def health(checks: Mapping[str, Check], *, metrics: Callable[[], bytes] | None = None) -> web.Application:
+    """`/healthz` and `/livez` answer 200 while the event loop turns, `/readyz` 503 with what is not ready.
+
+    `/metrics` answers what `metrics` gives, in Prometheus' text format.
+    """
 
     async def live(_: web.Request) -> web.Response:
         return web.Response(text="ok")
@@ -88,6 +91,13 @@ def health(checks: Mapping[str, Check]) -> web.Application:
 
     app = web.Application()
     app.add_routes([web.get("/healthz", live), web.get("/livez", live), web.get("/readyz", ready)])
+    if metrics is not None:
+        content_type = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+
+        async def show(_: web.Request) -> web.Response:
+            return web.Response(body=metrics(), headers=content_type)
+
+        app.router.add_get("/metrics", show)
     return app
 
 
@@ -110,6 +120,14 @@ def number(name: str, *, default: int, low: int = 0, high: int) -> int:
     if not (value.isascii() and value.isdigit() and len(value) <= 18 and low <= int(value) <= high):
         raise SettingsError(f"{name} must be a number from {low} to {high}, not {value!r}")
     return int(value)
+
+
+def flag(name: str, *, default: bool) -> bool:
+    """`true` or `false` from the environment. Raises `SettingsError` when it is neither."""
+    value = environment(name, "true" if default else "false")
+    if value not in {"true", "false"}:
+        raise SettingsError(f"{name} must be true or false, not {value!r}")
+    return value == "true"
 
 
 async def _until_signalled(main: Coroutine[Any, Any, None]) -> None:

@@ -1,5 +1,7 @@
 """What is captured, and why not the rest: tables over the pure plan."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -7,8 +9,8 @@ import pytest
 
 from agent import reconcile
 from agent.pods import Pod, parse_pod
-from agent.reconcile import Capture, CapturePlan, Plan, Verdict, parse_capture
-from api import stamp
+from agent.reconcile import Capture, CapturePlan, NodeLimits, Pauses, Plan, Verdict, parse_capture
+from api import names, stamp
 from api.capturepolicy import Limits
 from api.packetcapture import PacketCapture, PacketCaptureSpec
 
@@ -23,6 +25,7 @@ def capture(
     spec: dict[str, Any] | None = None,
     *,
     stamped: bool = True,
+    limits: Limits | None = None,
     conditions: list[dict[str, Any]] | None = None,
     metadata: dict[str, Any] | None = None,
 ) -> Capture:
@@ -32,7 +35,7 @@ def capture(
         given = stamp.Stamp(
             user="u",
             policy="baseline",
-            limits=Limits(max_duration=timedelta(hours=1)),
+            limits=limits or Limits(max_duration=timedelta(hours=1)),
             namespace="dev",
             spec_hash=stamp.spec_hash(PacketCaptureSpec.model_validate(spec)),
         )
@@ -57,7 +60,7 @@ def pod(**changes: Any) -> Pod:
     defaults: dict[str, Any] = {
         "namespace": "dev",
         "name": "web-0",
-        "uid": POD_UID,
+        "cgroup_uid": POD_UID,
         "labels": {"app": "web"},
         "addresses": ("10.0.0.1",),
         "phase": "Running",
@@ -72,14 +75,17 @@ def plan(
     pods: list[Pod] | None = None,
     denied: set[str] | None = None,
     now: datetime = NOW,
-    paused: Verdict | None = None,
+    limits: NodeLimits | None = None,
+    running: dict[str, int] | None = None,
+    paused: Pauses | None = None,
 ) -> Plan:
     return reconcile.plan(
         captures,
         [pod()] if pods is None else pods,
         namespaces_opted_out=denied or set(),
         now=now,
-        ring_bytes=4 << 20,
+        limits=limits or NodeLimits(),
+        running=running,
         paused=paused,
     )
 
@@ -159,7 +165,7 @@ def test_a_terminating_pod_is_captured_to_its_end() -> None:
 
 
 def test_one_pod_that_can_not_be_captured_does_not_hinder_another() -> None:
-    other = pod(name="web-1", uid="11111111-1111-4111-8111-111111111111", host_network=True)
+    other = pod(name="web-1", cgroup_uid="11111111-1111-4111-8111-111111111111", host_network=True)
     made = plan(capture(), pods=[pod(), other])
     assert len(made.targets) == 1
     verdict = only(made).verdict
@@ -209,9 +215,7 @@ def test_a_changed_spec_without_a_new_stamp_takes_nothing() -> None:
 def test_a_capture_that_can_not_be_read_is_an_error_of_its_own() -> None:
     broken = parse_capture({"metadata": {"name": "b", "namespace": "dev", "uid": "x"}, "spec": {"selector": "==="}})
     made = plan(broken, capture())
-    verdict = made.captures[0].verdict
-    assert verdict is not None
-    assert verdict.reason == "Unreadable"
+    assert reasons(made) == {"x": "Unreadable"}
     assert broken.uid == "x"
     assert len(made.targets) == 1
 
@@ -223,11 +227,101 @@ def test_a_start_time_is_the_next_moment_to_look_again_and_then_captures() -> No
     assert len(plan(given, now=start).targets) == 1
 
 
+FULL = Verdict("Error", "DiskPressure", "full")
+OTHER_UID = "22222222-2222-4222-8222-222222222222"
+
+
+def reasons(made: Plan) -> dict[str, str]:
+    return {each.capture.uid: each.verdict.reason for each in made.captures if each.verdict}
+
+
 def test_a_pause_stops_all_that_would_capture_and_leaves_the_rest_as_it_is() -> None:
-    full = Verdict("Error", "DiskPressure", "full")
-    made = plan(capture(), capture({"suspend": True}), paused=full)
+    suspended = capture({"suspend": True}, metadata={"uid": OTHER_UID})
+    made = plan(capture(), suspended, paused=Pauses(node=FULL))
     assert made.targets == {}
-    assert [each.verdict.reason for each in made.captures if each.verdict] == ["DiskPressure", "Suspended"]
+    assert reasons(made) == {CAPTURE_UID: "DiskPressure", OTHER_UID: "Suspended"}
+
+
+@pytest.mark.parametrize(
+    ("paused", "stopped"),
+    [
+        (Pauses(captures={CAPTURE_UID: FULL}), {CAPTURE_UID}),
+        (Pauses(namespaces={"dev": FULL}), {CAPTURE_UID, OTHER_UID}),
+        (Pauses(namespaces={"prod": FULL}), set()),
+    ],
+)
+def test_a_pause_stops_no_capture_outside_its_scope(paused: Pauses, stopped: set[str]) -> None:
+    made = plan(capture(), capture(metadata={"uid": OTHER_UID}), paused=paused)
+    assert reasons(made).keys() == stopped
+    assert {target.capture_uid for target in made.targets.values()} == {CAPTURE_UID, OTHER_UID} - stopped
+
+
+def pods(count: int) -> list[Pod]:
+    return [
+        pod(name=f"web-{number}", cgroup_uid=f"{number:08x}-0000-4000-8000-000000000000") for number in range(count)
+    ]
+
+
+def test_beyond_the_nodes_limit_the_older_capture_has_its_pods_and_the_other_says_why_not() -> None:
+    older = capture(metadata={"uid": OTHER_UID, "creationTimestamp": "2026-12-01T09:59:59Z"})
+    made = plan(capture(), older, pods=pods(3), limits=NodeLimits(targets=4))
+    by_uid = {each.capture.uid: each for each in made.captures}
+    assert (len(by_uid[OTHER_UID].targets), by_uid[OTHER_UID].verdict) == (3, None)
+    newer = by_uid[CAPTURE_UID]
+    assert (len(newer.targets), newer.matched, len(made.targets)) == (1, 3, 4)
+    assert newer.verdict is not None
+    assert (newer.verdict.state, newer.verdict.reason) == ("Error", "NodeLimit")
+    assert newer.verdict.message.startswith("2 of its pods are not captured, since at most 4 ")
+
+
+def test_what_runs_keeps_its_place_against_an_older_capture() -> None:
+    older = capture(metadata={"uid": OTHER_UID, "creationTimestamp": "2026-12-01T09:59:59Z"})
+    running = dict.fromkeys(plan(capture(), pods=pods(3)).targets, 1)
+    made = plan(capture(), older, pods=pods(3), limits=NodeLimits(targets=4), running=running)
+    assert made.targets.keys() > running.keys()
+    assert reasons(made) == {OTHER_UID: "NodeLimit"}
+
+
+def test_rings_are_limited_by_the_interfaces_that_they_serve() -> None:
+    given = capture({"interfaces": ["eth0", "net1", "eth0"]}, limits=Limits(ring_size=8 << 20))
+    made = plan(given, pods=pods(3), limits=NodeLimits(ring_bytes=32 << 20))
+    assert [(target.interfaces, target.ring_bytes) for target in made.targets.values()] == [
+        (("eth0", "net1"), 8 << 20)
+    ] * 2
+    assert reasons(made) == {CAPTURE_UID: "NodeLimit"}
+    known = {f"{CAPTURE_UID}/{pods(1)[0].cgroup_uid}": 4}
+    assert len(plan(given, pods=pods(3), limits=NodeLimits(ring_bytes=32 << 20), running=known).targets) == 1
+
+
+def test_of_many_pods_only_those_that_changed_are_looked_at_again() -> None:
+    asked: list[str] = []
+
+    class Selector:
+        def matches(self, labels: Mapping[str, str]) -> bool:
+            asked.append(labels["app"])
+            return labels["app"] == "web"
+
+    given = capture()
+    assert isinstance(given.order, reconcile.Order)
+    order = replace(given.order, selector=Selector(), known={})
+    watched = replace(given, order=order)
+    there = pods(50)
+    first = plan(watched, pods=there)
+    assert len(asked) == len(first.targets) == 50
+    there[0] = replace(there[0], labels={"app": "db"})
+    second = plan(watched, pods=there)
+    assert asked[50:] == ["db"]
+    assert len(second.targets) == 49
+    assert len(plan(watched, pods=there[:3]).targets) == 2
+    assert order.known.keys() == {"web-0", "web-1", "web-2"}
+
+
+def test_writes_past_the_page_cache_are_asked_for_by_the_node() -> None:
+    given = capture()
+    assert isinstance(given.order, reconcile.Order)
+    direct = parse_capture(given.order.capture.to_json(), direct=True)
+    assert [target.direct for target in plan(direct).targets.values()] == [True]
+    assert [target.direct for target in plan(given).targets.values()] == [False]
 
 
 def test_two_captures_of_one_pod_are_two_targets() -> None:
@@ -253,6 +347,28 @@ def test_a_pod_is_read_from_kubernetes() -> None:
     assert read.host_network
     assert read.terminating
     assert not read.opted_out
+
+
+@pytest.mark.parametrize(
+    ("mirrored", "expected"),
+    [
+        ("9c6b5f0d3f1e4c0b8a7d6e5f4c3b2a19", "9c6b5f0d3f1e4c0b8a7d6e5f4c3b2a19"),
+        ("0a0a0a0a-425d-40de-944b-e07fc1f90ae7", "0a0a0a0a-425d-40de-944b-e07fc1f90ae7"),
+        ("../../etc", POD_UID),
+    ],
+)
+def test_a_static_pod_is_known_by_the_uid_that_kubelet_gave_it(mirrored: str, expected: str) -> None:
+    metadata = {
+        "namespace": "dev",
+        "name": "web-node-1",
+        "uid": POD_UID,
+        "labels": {"app": "web"},
+        "annotations": {"kubernetes.io/config.mirror": mirrored},
+    }
+    read = parse_pod({"metadata": metadata, "status": {"phase": "Running", "podIPs": [{"ip": "10.0.0.1"}]}})
+    (target,) = plan(capture(), pods=[read]).targets.values()
+    assert target.pod_uid == expected
+    names.file_name(pod=target.pod_name, interface="eth0", created_ns=0, pod_uid=target.pod_uid, sequence=0)
 
 
 def test_a_pod_without_status_has_no_address() -> None:

@@ -33,6 +33,9 @@ WRITTEN = facts()
         (facts(reason="HostNetwork"), 5, 0),
         (facts(message="other"), 5, 0),
         (facts(pods=2), 5, 0),
+        (facts(matched=2), 5, 0),
+        (facts(interruptions=1), 5, 0),
+        (facts(evicted=1), 5, 0),
         (Facts(), 5, 0),
         (Facts((*WRITTEN.captures, *facts(uid="v").captures)), 5, 0),
         # the disk is a counter that nobody waits for
@@ -42,6 +45,18 @@ WRITTEN = facts()
 def test_states_are_written_at_once_and_counters_seldom(current: Facts, seconds_since: float, wait: float) -> None:
     now = 1000.0 + seconds_since
     assert pace(written=WRITTEN, written_at=1000.0, current=current, now=now, intervals=INTERVALS) == wait
+
+
+def test_how_many_packets_a_filter_held_back_is_a_counter_and_that_it_does_is_a_state() -> None:
+    def matched_nothing(seen: int) -> Facts:
+        message = f"filter matched 0 of {seen} packets"
+        return facts(reason="FilterMatchedNothing", message=message, seen=seen, packets=0)
+
+    def wait(current: Facts, written: Facts) -> float:
+        return pace(written=written, written_at=1000, current=current, now=1005, intervals=INTERVALS)
+
+    assert wait(matched_nothing(2), matched_nothing(1)) == 5
+    assert wait(matched_nothing(1), facts(reason="NoPacketYet", packets=0)) == 0
 
 
 def test_the_first_report_does_not_wait() -> None:

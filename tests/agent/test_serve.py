@@ -76,7 +76,7 @@ async def finished(server: Server, tmp_path: Path) -> Server:
     path.parent.mkdir(parents=True)
     path.write_bytes(CONTENT)
     server.store.observe(status(file(0, packets=8000, open_=False, size=len(CONTENT)), state=State.STOPPED))
-    await server.store.finish(on_recovered=lambda *_: None)
+    await server.store.finish(on_record=lambda *_: None)
     return server
 
 

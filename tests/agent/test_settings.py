@@ -27,8 +27,19 @@ def test_the_nodes_name_is_needed_and_the_rest_has_defaults(monkeypatch: pytest.
 def test_a_number_out_of_range_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POD_NAME", "agent-1")
     monkeypatch.setenv("NODE_NAME", "node-1")
-    monkeypatch.setenv("RING_BYTES", "1")
-    with pytest.raises(serve.SettingsError, match="RING_BYTES must be a number from 524288"):
+    monkeypatch.setenv("MAX_RING_BYTES", "1")
+    with pytest.raises(serve.SettingsError, match="MAX_RING_BYTES must be a number from 524288"):
+        settings()
+
+
+def test_direct_writes_are_asked_for_in_one_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POD_NAME", "agent-1")
+    monkeypatch.setenv("NODE_NAME", "node-1")
+    assert settings().direct is False
+    monkeypatch.setenv("DIRECT_IO", "true")
+    assert settings().direct is True
+    monkeypatch.setenv("DIRECT_IO", "yes")
+    with pytest.raises(serve.SettingsError, match="DIRECT_IO must be true or false, not 'yes'"):
         settings()
 
 

@@ -1,7 +1,9 @@
 """Files and their records, with files as libpcap writes them."""
 
+import errno
 import hashlib
 import json
+import os
 import struct
 import uuid
 from collections.abc import Collection
@@ -11,7 +13,7 @@ import pytest
 
 from agent.capturer.protocol import FileStatus, InterfaceStatus, State, Target, TargetStatus
 from agent.pcapfile import Walk, first_time, walk, whole_size
-from agent.store import Store
+from agent.store import FileRecord, Store
 from api.names import file_name
 
 NOW = 1_790_000_000_000_000_000
@@ -57,7 +59,7 @@ class Fixture:
         self.directory = directory
         self.engaged: Collection[str] | None = []
         self.store = self.restarted()
-        self.recovered: list[tuple[str, int]] = []
+        self.recorded: list[FileRecord] = []
 
     def restarted(self) -> Store:
         return Store(self.directory, node="node-1", engaged=lambda: self.engaged)
@@ -69,7 +71,7 @@ class Fixture:
         return path
 
     async def finish(self) -> None:
-        await self.store.finish(on_recovered=lambda uid, packets: self.recovered.append((uid, packets)))
+        await self.store.finish(on_record=lambda _, record: self.recorded.append(record))
 
 
 @pytest.fixture
@@ -92,23 +94,44 @@ async def test_a_closed_file_gets_a_record_that_outlives_the_agent(fixture: Fixt
     fixture.write(pcap(5))
     fixture.store.observe(status(file(0, packets=5, open_=False, dropped=2)))
     await fixture.finish()
-    assert fixture.recovered == []
+    assert [record.recovered for record in fixture.recorded] == [False]
     (listed,) = await fixture.store.files(CAPTURE)
     assert (listed.state, listed.sha256) == ("Finished", hashlib.sha256(pcap(5)).hexdigest())
     fixture.store = fixture.restarted()
     assert await fixture.store.files(CAPTURE) == [listed]
     record = json.loads((fixture.directory / CAPTURE / f"{name()}.json").read_text())
     assert (record["podUid"], record["filter"], record["snapLength"]) == (POD, "tcp", 100)
-    assert record["recovered"] is False
+    assert (record["recovered"], record["tornBytes"], record["run"]) == (False, 0, 1)
+    assert record["opened"] == "2026-09-21T14:13:20.000000000Z"
+    assert record["closed"] == "2026-09-21T14:13:20.000001000Z"
 
 
 async def test_a_file_whose_writer_died_is_recovered_up_to_its_last_whole_packet(fixture: Fixture) -> None:
-    fixture.write(pcap(5)[:-1])
+    path = fixture.write(pcap(5)[:-1])
     await fixture.finish()
     (listed,) = await fixture.store.files(CAPTURE)
     assert (listed.size, listed.packets, listed.pod, listed.interface) == (len(pcap(4)), 4, "web-0", "eth0")
     assert listed.sha256 == hashlib.sha256(pcap(4)).hexdigest()
-    assert fixture.recovered == [(CAPTURE, 4)]
+    assert path.read_bytes() == pcap(4), "the torn packet is cut off"
+    (record,) = fixture.recorded
+    assert (record.recovered, record.packets, record.torn_bytes, record.run) == (True, 4, 75, NOW)
+
+
+async def test_a_torn_end_that_can_not_be_cut_off_is_never_served(
+    fixture: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = fixture.write(pcap(5)[:-1])
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "read-only file system")
+
+    monkeypatch.setattr(os, "ftruncate", refuse)
+    await fixture.finish()
+    assert path.read_bytes() == pcap(5)[:-1]
+    opened = await fixture.store.open(CAPTURE, path.name)
+    os.close(opened.descriptor)
+    assert (opened.size, opened.finished) == (len(pcap(4)), True)
+    assert [record.torn_bytes for record in fixture.recorded] == [75]
 
 
 async def test_recovery_counts_what_was_not_told_before(fixture: Fixture) -> None:
@@ -117,7 +140,19 @@ async def test_recovery_counts_what_was_not_told_before(fixture: Fixture) -> Non
     await fixture.finish()
     (listed,) = await fixture.store.files(CAPTURE)
     assert (listed.packets, listed.dropped) == (5, 1)
-    assert fixture.recovered == [(CAPTURE, 2)]
+    assert (listed.first_packet_time, listed.last_packet_time) == (
+        "2026-09-21T14:13:20.000000007Z",
+        "2026-09-21T14:13:24.000000007Z",
+    )
+    assert [record.packets for record in fixture.recorded] == [5]
+
+
+async def test_packets_that_were_told_and_went_with_the_page_cache_are_dropped(fixture: Fixture) -> None:
+    fixture.write(pcap(2))
+    fixture.store.observe(status(file(0, packets=5, open_=True, dropped=1)))
+    await fixture.finish()
+    (listed,) = await fixture.store.files(CAPTURE)
+    assert (listed.packets, listed.dropped) == (2, 4)
 
 
 async def test_a_file_that_may_be_written_to_is_left_alone(fixture: Fixture) -> None:
@@ -126,7 +161,7 @@ async def test_a_file_that_may_be_written_to_is_left_alone(fixture: Fixture) -> 
         fixture.engaged = engaged
         await fixture.finish()
     assert await fixture.store.files(CAPTURE) == []
-    assert fixture.recovered == []
+    assert fixture.recorded == []
 
 
 async def test_a_file_of_before_the_workers_death_is_recovered_while_its_pod_is_captured_again(
@@ -177,6 +212,38 @@ async def test_usage_lists_files_oldest_first_and_forgets_rotated_ones(fixture: 
     assert not paths[0].with_name(f"{paths[0].name}.json").exists()
     await fixture.store.remove(CAPTURE, name(2))
     assert [each.name for each in await fixture.store.files(CAPTURE)] == [name(3)]
+
+
+async def test_a_file_that_the_capturer_closed_can_go_before_it_has_a_record(fixture: Fixture) -> None:
+    """On a full disk no record can be written."""
+    path = fixture.write(pcap(5))
+    fixture.store.observe(status(file(0, packets=5, open_=False)))
+    assert [each.finished for each in await fixture.store.usage()] == [True]
+    await fixture.store.remove(CAPTURE, name())
+    assert not path.exists()
+    await fixture.finish()
+    assert fixture.recorded == []
+
+
+async def test_counters_lie_beside_the_files_and_go_with_them(fixture: Fixture) -> None:
+    path = fixture.write(pcap(1))
+    await fixture.store.keep_counters({CAPTURE: b"1", str(uuid.uuid4()): b"2"})
+    assert await fixture.store.counters() == {CAPTURE: b"1"}
+    assert [each.name for each in await fixture.store.usage()] == [path.name]
+    await fixture.finish()
+    assert [each.name for each in await fixture.store.files(CAPTURE)] == [path.name]
+    assert await fixture.store.retain([], writing=list) == [CAPTURE]
+    assert await fixture.store.counters() == {}
+
+
+async def test_what_is_not_ours_is_left_and_named_once(fixture: Fixture, caplog: pytest.LogCaptureFixture) -> None:
+    (fixture.directory / "theirs").mkdir(parents=True)
+    for _ in range(2):
+        assert await fixture.store.retain([], writing=list) == []
+    assert (fixture.directory / "theirs").exists()
+    assert [line for line in caplog.messages if "theirs" in line] == [
+        f"{fixture.directory / 'theirs'} is not of ours and is left alone"
+    ]
 
 
 async def test_without_a_directory_there_are_no_files(fixture: Fixture) -> None:

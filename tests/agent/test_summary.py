@@ -4,9 +4,10 @@ import pytest
 
 from agent.capturer.protocol import InterfaceStatus, State, TargetStatus
 from agent.reconcile import CapturePlan, Verdict
-from agent.summary import Count, Files, Tally, summarize
+from agent.summary import Files, summarize
+from agent.tally import Count, Counters
 from api.capturenode import NodeCapture
-from tests.agent.test_reconcile import capture, only, plan, pod
+from tests.agent.test_reconcile import NOW, capture, only, plan, pod
 
 CAPTURE = capture()
 PLAN = only(plan(CAPTURE))
@@ -20,15 +21,18 @@ def run(state: State, *, reason: str = "", packets: int = 0, dropped: int = 0) -
     )
 
 
-def summary(plan: CapturePlan, status: TargetStatus | None, *, packets: int = 0, files: int = 0) -> NodeCapture:
-    made = summarize(plan, status=lambda _: status, count=Count(packets), files=Files(files, files * 10))
+def summary(
+    plan: CapturePlan, status: TargetStatus | None, *, packets: int = 0, seen: int = 0, files: int = 0
+) -> NodeCapture:
+    counters = Counters(earlier=Count(packets, seen=seen), evicted=3, interruptions=1, interrupted_at=NOW)
+    made = summarize(plan, status=lambda _: status, counters=counters, files=Files(files, files * 10))
     assert made is not None
     return made
 
 
 def test_a_capture_without_pods_and_files_here_is_not_reported() -> None:
     nothing = only(plan(CAPTURE, pods=[]))
-    assert summarize(nothing, status=lambda _: None, count=Count(), files=Files()) is None
+    assert summarize(nothing, status=lambda _: None, counters=Counters(), files=Files()) is None
 
 
 def test_a_capture_whose_pods_left_is_reported_as_long_as_its_files_are_here() -> None:
@@ -65,7 +69,7 @@ def test_a_verdict_stands_when_there_are_no_targets() -> None:
 
 
 def test_trouble_with_one_pod_is_told_beside_the_capture_of_the_others() -> None:
-    other = pod(name="web-1", uid="11111111-1111-4111-8111-111111111111", host_network=True)
+    other = pod(name="web-1", cgroup_uid="11111111-1111-4111-8111-111111111111", host_network=True)
     made = summary(only(plan(CAPTURE, pods=[pod(), other])), run(State.CAPTURING), packets=1)
     assert (made.state, made.reason) == ("Capturing", "HostNetwork")
     assert made.message.startswith("1 of 2 pods; pod web-1")
@@ -76,12 +80,19 @@ def test_that_the_interface_of_a_terminating_pod_goes_is_no_trouble() -> None:
     assert summary(ending, run(State.FAILED, reason="InterfaceFailed")).state == "WaitingForTraffic"
 
 
-def test_counters_are_those_of_ended_runs_and_of_those_that_go_on() -> None:
-    tally = Tally()
-    tally.add_run(run(State.STOPPED, packets=10, dropped=1))
-    tally.add(TARGET.capture_uid, packets=5)
-    assert tally.total(TARGET.capture_uid, [run(State.CAPTURING, packets=100, dropped=2)]) == Count(115, 3)
-    assert tally.total(TARGET.capture_uid, []) == Count(15, 1)
-    assert tally.total("other", [run(State.CAPTURING, packets=100)]) == Count()
-    tally.forget(TARGET.capture_uid)
-    assert tally.total(TARGET.capture_uid, []) == Count()
+@pytest.mark.parametrize(
+    ("seen", "reason", "message"),
+    [
+        (0, "NoPacketYet", "no packet of these pods has been seen yet"),
+        (18204, "FilterMatchedNothing", "filter matched 0 of 18,204 packets seen on 1 pod"),
+    ],
+)
+def test_a_filter_that_lets_nothing_through_is_told_from_silence(seen: int, reason: str, message: str) -> None:
+    made = summary(PLAN, run(State.CAPTURING), seen=seen)
+    assert (made.state, made.reason, made.message) == ("WaitingForTraffic", reason, message)
+    assert summary(PLAN, run(State.CAPTURING), seen=seen, packets=1).state == "Capturing"
+
+
+def test_what_was_matched_seen_evicted_and_interrupted_is_told() -> None:
+    made = summary(PLAN, run(State.CAPTURING), packets=1, seen=7)
+    assert (made.matched, made.seen, made.evicted, made.interruptions, made.interrupted_at) == (1, 7, 3, 1, NOW)

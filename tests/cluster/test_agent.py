@@ -17,6 +17,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from agent.capturer.protocol import State
 from api import stamp
 from api.capturenode import CaptureNode, NodeCapture
 from api.capturepolicy import Limits
@@ -137,6 +138,25 @@ class World:
         made: NodeCapture = await eventually(so)
         return made
 
+    async def waits(self, uid: str) -> NodeCapture:
+        """Captured, and without a packet up to now; whether any was seen is the pod's own business (IPv6)."""
+
+        async def so() -> NodeCapture | None:
+            found = await self.reported(uid)
+            return found if found and found.reason in {"NoPacketYet", "FilterMatchedNothing"} else None
+
+        made: NodeCapture = await eventually(so)
+        assert made.state == "WaitingForTraffic"
+        return made
+
+    async def captures(self, count: int) -> None:
+        """Wait until so many targets are captured, by the capturer's own word: the agent's may be an earlier one's."""
+
+        async def so() -> bool:
+            return [status.state for status in self.capturer.report()] == [State.CAPTURING] * count
+
+        await eventually(so)
+
     async def ask(self, path: str) -> bytes:
         pair = self.authority.issue("kubepcap-apiserver")
         context = client_context(
@@ -216,7 +236,7 @@ async def cluster(crds: BareControlPlane, authority: Authority, tmp_path: Path) 
 async def test_a_capture_runs_and_its_files_are_served(cluster: World) -> None:
     uid = await cluster.create_capture("c")
     await cluster.create_pod(labels={"app": "web"})
-    waiting = await cluster.reported_as(uid, "WaitingForTraffic", "NoPacketYet")
+    waiting = await cluster.waits(uid)
     assert (waiting.pods, waiting.name, waiting.namespace) == (1, "c", cluster.namespace)
     await cluster.send(100)
     capturing = await cluster.reported_as(uid, "Capturing", packets=100)
@@ -242,14 +262,15 @@ async def test_a_capture_runs_and_its_files_are_served(cluster: World) -> None:
 async def test_captures_pause_on_a_full_disk_and_go_on_when_there_is_room(cluster: World) -> None:
     uid = await cluster.create_capture("c")
     await cluster.create_pod(labels={"app": "web"})
-    await cluster.reported_as(uid, "WaitingForTraffic", "NoPacketYet")
+    await cluster.waits(uid)
     await cluster.send(100)
     await cluster.reported_as(uid, "Capturing", packets=100)
     await cluster.stop_agent()
     cluster.environment["MIN_FREE_BYTES"] = str(1 << 50)  # no disk has that
     await cluster.start_agent()
-    pressed = await cluster.reported_as(uid, "Error", "DiskPressure")
-    assert pressed.pods == 0
+    pressed = await cluster.reported_as(uid, "Error", "DiskPressure", packets=100)
+    assert (pressed.pods, pressed.matched) == (0, 1)
+    assert cluster.capturer.report() == ()
 
     async def emptied() -> bool:
         return await cluster.files(uid) == []
@@ -258,7 +279,8 @@ async def test_captures_pause_on_a_full_disk_and_go_on_when_there_is_room(cluste
     await cluster.stop_agent()
     cluster.environment["MIN_FREE_BYTES"] = "0"
     await cluster.start_agent()
-    await cluster.reported_as(uid, "WaitingForTraffic", "NoPacketYet")
+    again = await cluster.reported_as(uid, "Capturing", packets=100)
+    assert (again.evicted, again.interruptions) == (1, 0)
 
 
 async def test_captures_follow_labels_and_the_opt_out(cluster: World) -> None:
@@ -270,7 +292,7 @@ async def test_captures_follow_labels_and_the_opt_out(cluster: World) -> None:
         await cluster.client.patch(PODS, "web-0", patch, namespace=cluster.namespace)
 
     await relabel({"app": "web"})
-    await cluster.reported_as(uid, "WaitingForTraffic", "NoPacketYet")
+    await cluster.waits(uid)
     await cluster.send(10)
     await relabel({"app": "db"})
     stopped = await cluster.reported_as(uid, "WaitingForTraffic", "NoPodMatches", packets=10)
@@ -300,7 +322,7 @@ async def test_a_capture_that_no_one_stamped_or_admitted_takes_nothing(cluster: 
 async def test_suspending_and_the_end_time_stop_a_capture_and_keep_its_files(cluster: World) -> None:
     await cluster.create_pod(labels={"app": "web"})
     uid = await cluster.create_capture("c")
-    await cluster.reported_as(uid, "WaitingForTraffic", "NoPacketYet")
+    await cluster.waits(uid)
     await cluster.send(3)
     await cluster.change_capture("c", {"suspend": True})
     await cluster.reported_as(uid, "Scheduled", "Suspended", packets=3)
@@ -315,8 +337,8 @@ async def test_an_agent_that_is_killed_takes_up_where_it_was(cluster: World) -> 
     await cluster.create_pod(labels={"app": "web"})
     uid = await cluster.create_capture("c")
     gone = await cluster.create_capture("gone")
-    await cluster.reported_as(uid, "WaitingForTraffic", "NoPacketYet")
-    await cluster.reported_as(gone, "WaitingForTraffic", "NoPacketYet")
+    await cluster.waits(uid)
+    await cluster.waits(gone)
     cluster.process.kill()
     await cluster.process.wait()
     await cluster.send(50)  # the capturer goes on alone
@@ -334,7 +356,7 @@ async def test_an_agent_that_is_killed_takes_up_where_it_was(cluster: World) -> 
 async def test_a_worker_that_is_killed_loses_no_packet_of_before(cluster: World) -> None:
     await cluster.create_pod(labels={"app": "web"})
     uid = await cluster.create_capture("c")
-    await cluster.reported_as(uid, "WaitingForTraffic", "NoPacketYet")
+    await cluster.waits(uid)
     await cluster.send(50)
     await cluster.reported_as(uid, "Capturing", packets=50)
     os.kill(cluster.capturer.worker_pid(), signal.SIGKILL)
@@ -351,25 +373,27 @@ async def test_a_worker_that_is_killed_loses_no_packet_of_before(cluster: World)
 async def test_an_agent_that_ends_leaves_finished_files_with_their_hashes(cluster: World) -> None:
     await cluster.create_pod(labels={"app": "web"})
     uid = await cluster.create_capture("c")
-    await cluster.reported_as(uid, "WaitingForTraffic", "NoPacketYet")
+    await cluster.waits(uid)
     await cluster.send(7)
     assert await cluster.stop_agent() == 0
-    (record,) = (cluster.capturer.captures / uid).glob("*.json")
+    (record,) = (cluster.capturer.captures / uid).glob("*.pcap.json")
     written = json.loads(record.read_text())
     assert (written["packets"], written["recovered"], len(written["sha256"])) == (7, False, 64)
     await cluster.start_agent()
-    await cluster.send(1)
-    await eventually(lambda: cluster.reported(uid))
-    await cluster.reported_as(uid, "Capturing")
+
+    await cluster.captures(1)
+    await cluster.send(2)
+    again = await cluster.reported_as(uid, "Capturing", packets=9)
+    assert again.interruptions == 0
 
 
 async def test_a_pod_that_ends_as_a_whole_leaves_finished_files_too(cluster: World) -> None:
     await cluster.create_pod(labels={"app": "web"})
     uid = await cluster.create_capture("c")
-    await cluster.reported_as(uid, "WaitingForTraffic", "NoPacketYet")
+    await cluster.waits(uid)
     await cluster.send(7)
     cluster.capturer.process.terminate()  # kubelet ends both containers at once
     assert await cluster.stop_agent() == 0
-    (record,) = (cluster.capturer.captures / uid).glob("*.json")
+    (record,) = (cluster.capturer.captures / uid).glob("*.pcap.json")
     written = json.loads(record.read_text())
     assert (written["packets"], written["recovered"], len(written["sha256"])) == (7, False, 64)
