@@ -115,6 +115,17 @@ async def test_a_cache_follows_what_was_there_and_what_comes_and_goes(client: Cl
         assert cache.get("later", namespace) == "2"
 
 
+async def test_a_cache_lists_by_pages_as_large_as_it_is_told(client: Client, namespace: str) -> None:
+    names = {f"c{number}" for number in range(5)}
+    for name in names:
+        await client.create(CONFIGMAPS, configmap(name, value="1"), namespace=namespace)
+    pages = [len(page.items) async for page in client.pages(CONFIGMAPS, namespace=namespace, limit=2)]
+    assert pages == [2, 2, 1]
+    cache = Cache(client, CONFIGMAPS, value, namespace=namespace, page=2)
+    async with asyncio.timeout(30), following(cache):
+        assert {key.name for key in cache.objects} == names
+
+
 async def test_an_object_that_cannot_be_read_does_not_hide_the_others(client: Client, namespace: str) -> None:
     await client.create(CONFIGMAPS, configmap("broken"), namespace=namespace)
     await client.create(CONFIGMAPS, configmap("sound", value="1"), namespace=namespace)
