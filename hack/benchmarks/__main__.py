@@ -7,10 +7,10 @@ import subprocess
 import sys
 from types import FrameType
 
-from hack.benchmarks import capture, scale
+from hack.benchmarks import capture, idle, scale, start
 from hack.clusters.failure import Failure
 
-BENCHMARKS = {"capture": capture, "scale": scale}
+BENCHMARKS = {"capture": capture, "idle": idle, "start": start, "scale": scale}
 
 
 def main() -> None:
