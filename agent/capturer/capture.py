@@ -40,6 +40,10 @@ _DRAIN_SECONDS: Final = 1.0
 _DRAIN_POLL_SECONDS: Final = 0.005
 _HANDOVER_MARGIN_SECONDS: Final = 0.02
 _LONGEST_WAIT_SECONDS: Final = 3600.0  # poll(2) takes milliseconds in 31 bits
+_RING_HEADER_BYTES: Final = 64  # of a packet in the ring, beyond those of its record in the file
+_BLOCK_BYTES: Final = 256 << 10  # of the ring, as libpcap makes them
+_SHORTEST_REST_SECONDS: Final = 0.0025
+_LONGEST_REST_SECONDS: Final = 0.01
 _FILE_MODE: Final = 0o660  # the agent cuts off what a writer that died left half written
 
 log = logging.getLogger(__name__)
@@ -119,6 +123,7 @@ class InterfaceCapture:
         self._unflushed = False
         self._before = before or InterfaceStatus(interface=interface, state=State.STARTING)
         self._packets = 0
+        self._bytes = 0
         self._dropped = 0
         self._counts_are_final = False
         self._closed: deque[FileStatus] = deque(self._before.files)
@@ -192,22 +197,31 @@ class InterfaceCapture:
         poll = select.poll()
         poll.register(self._handle.descriptor, select.POLLIN)
         poll.register(self._wake, select.POLLIN)
+        woken = self._wake.fileno()
+        emptied = time.monotonic()
+        earlier = self._bytes
         while not self._stopping:
-            written = self._batch()
+            more = self._batch()
             self._keep_time()
-            if not written and not self._stopping:
-                poll.poll(self._milliseconds_to_wait())
-                self._wake.clear()
+            if not more and not self._stopping:
+                now, size = time.monotonic(), self._bytes
+                if (pause := rest(size - earlier, now - emptied, ring=self._target.ring_bytes)) > 0:
+                    time.sleep(pause)
+                emptied, earlier = now, size
+                for descriptor, _ in poll.poll(self._milliseconds_to_wait()):
+                    if descriptor == woken:
+                        self._wake.clear()
 
-    def _batch(self) -> int:
-        """Write the next waiting packets, never past the file's limit. Returns their number."""
+    def _batch(self) -> bool:
+        """Write the next waiting packets, never past the file's limit. Returns whether there may be more."""
         file = self._current
         start = file.dump.tell()
         room = (self._target.max_file_bytes - start) // (self._target.snap_length + RECORD_HEADER_BYTES)
         if room <= 0:
             self._rotate()
             return self._batch()
-        written = self._handle.dispatch(min(room, BATCH), file.dump)
+        wanted = min(room, BATCH)
+        written = self._handle.dispatch(wanted, file.dump)
         if written:
             if self._room_due:
                 self._make_room()
@@ -215,9 +229,10 @@ class InterfaceCapture:
             file.last_batch = start
             file.first_packet_at = file.first_packet_at or time.monotonic()
             self._packets += written
+            self._bytes += file.dump.tell() - start + _RING_HEADER_BYTES * written
             self._unflushed = True
             file.dump.check()
-        return written
+        return written == wanted
 
     def _keep_time(self) -> None:
         """Flush and rotate by age when due."""
@@ -442,3 +457,16 @@ class InterfaceCapture:
         if self._file is None:
             raise RuntimeError("no file is open")
         return self._file
+
+
+def rest(size: int, seconds: float, *, ring: int) -> float:
+    """How long to wait, in seconds, for a fuller ring after `size` bytes of it that came in `seconds`.
+
+    To wake for each block costs nearly half as much as its packets. So until an eighth of the ring is full if they go on to
+    come as fast, and never long; not at all when they come so slowly that the kernel's timer handed them over, nor when
+    they come so fast that the ring may be full before the thread is woken.
+    """
+    if size < _BLOCK_BYTES // 2:
+        return 0.0
+    pause = ring / 8 * seconds / size
+    return min(_LONGEST_REST_SECONDS, pause) if pause >= _SHORTEST_REST_SECONDS else 0.0

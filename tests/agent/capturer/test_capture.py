@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from scapy.utils import RawPcapReader
 
+from agent.capturer.capture import rest
 from agent.capturer.protocol import State
 from tests.agent.world import HEADERS, PORT, Capturer, Pod, eventually, make_pod, send
 
@@ -287,3 +288,20 @@ def test_the_node_itself_is_never_captured(pod: Pod, tmp_path: Path, monkeypatch
     status = capturer.start(pod.target())
     assert (status.state, status.reason) == (State.FAILED, "HostNetwork")
     capturer.close()
+
+
+@pytest.mark.parametrize(
+    ("size", "seconds", "ring", "rested"),
+    [
+        (0, 1.0, 4 << 20, 0.0),
+        (100_000, 0.05, 4 << 20, 0.0),  # the kernel's timer handed it over: there is nothing to gain
+        (1 << 18, 0.004, 4 << 20, 0.008),  # two blocks at a time instead of one
+        (1 << 20, 0.001, 4 << 20, 0.0),  # the ring is full in 4 ms
+        (1 << 18, 0.05, 4 << 20, 0.01),
+        (1 << 20, 0.001, 64 << 20, 0.008),
+    ],
+)
+def test_a_busy_capture_rests_until_an_eighth_of_its_ring_is_full(
+    size: int, seconds: float, ring: int, rested: float
+) -> None:
+    assert rest(size, seconds, ring=ring) == rested
