@@ -141,8 +141,10 @@ class Tally:
 
         Packets that were told and are not in the file were lost with the node's page cache: they count as dropped.
         """
-        key = _key(record.pod_uid, record.run)
         runs = self._captures[capture_uid].runs
+        # Whoever recovers a file after an agent's death does not know its run, but counters that were kept do.
+        told_of = (key for key, run in runs.items() if record.name in run.files)
+        key = next(told_of, _key(record.pod_uid, record.run))
         run = runs.setdefault(key, Run(ended=True))
         if RunKey(capture_uid, key) in self._live:
             return

@@ -4,8 +4,10 @@ import asyncio
 import os
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,8 @@ class Client:
     def __init__(self, path: Path) -> None:
         self.ended: list[TargetStatus] = []
         self.told: list[TargetStatus] = []
-        self.capturer = Capturer(path, on_status=self.told.append, on_end=self.ended.append)
+        self.lost: list[TargetStatus] = []
+        self.capturer = Capturer(path, on_status=self.told.append, on_end=self.ended.append, on_lost=self.lost.extend)
 
     def state(self, target_id: str) -> State | None:
         status = self.capturer.status(target_id)
@@ -81,8 +84,42 @@ async def test_after_the_workers_death_all_is_captured_again(
     await eventually(lambda: client.ended)
     await eventually(lambda: client.state(target.id) is State.CAPTURING)
     (after,) = client.capturer.running()
-    assert client.ended == [before]
+    assert client.ended == client.lost == [before]
+    assert client.capturer.restarts == 1
     assert after.started != before.started
+
+
+async def test_an_end_that_moves_restarts_nothing(client: Client, pod: Pod) -> None:
+    now = time.time()
+    first = pod.target(until=now + 1000)
+    client.capturer.want({first.id: first})
+    await eventually(lambda: client.state(first.id) is State.CAPTURING)
+    (before,) = client.capturer.running()
+    for until in (now + 500, now + 2000, None):
+        moved = replace(first, until=until)
+        client.capturer.want({first.id: moved})
+        await eventually(lambda: {run.target.until for run in client.capturer.running()} == {until})  # noqa: B023
+    (after,) = client.capturer.running()
+    assert after.started == before.started
+    past = replace(first, until=now - 1)
+    client.capturer.want({first.id: past})
+    await eventually(lambda: client.ended)
+    assert client.ended[0].started == before.started
+    assert client.lost == []
+
+
+async def test_what_changes_is_told_with_all_files_of_the_run(client: Client, pod: Pod) -> None:
+    target = pod.target(max_file_bytes=20_000, max_files=50)
+    client.capturer.want({target.id: target})
+    await eventually(lambda: client.state(target.id) is State.CAPTURING)
+    await asyncio.to_thread(pod.receive, 1000)
+    await client.capturer.refresh(flush=True)
+    run = client.told[-1]
+    assert sum(interface.packets for interface in run.interfaces) == 1000
+    for status in client.told:
+        for interface in status.interfaces:
+            assert sum(file.packets for file in interface.files) == interface.packets
+            assert [file.name for file in interface.files] == sorted(file.name for file in interface.files)
 
 
 async def test_an_agent_that_was_restarted_takes_up_what_runs(

@@ -141,6 +141,14 @@ def test_when_agent_and_worker_were_killed_the_files_complete_what_was_kept(tall
     assert again.of(CAPTURE).interruptions == 1
 
 
+def test_a_file_recovered_by_another_agent_counts_for_the_run_that_told_of_it(tally: Tally) -> None:
+    tally.observe(told(50, files={0: 50}))
+    after = restarted(tally)
+    after.settle(CAPTURE, record(0, 60, run=0))
+    assert total(after) == (60, 0)
+    assert total(restarted(after, record(0, 60, run=0))) == (60, 0)
+
+
 def test_files_of_a_run_that_nobody_knew_count_as_they_are(tally: Tally) -> None:
     after = restarted(tally, record(0, 15, run=7), record(1, 20, run=8))
     assert total(after) == (35, 0)

@@ -1,6 +1,7 @@
 """The agent as a program of its own: a real kube-apiserver before it, a real capturer behind it, real packets."""
 
 import asyncio
+import functools
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from agent.capturer.protocol import State
 from api import stamp
@@ -57,6 +59,7 @@ class World:
     namespace: str
     process: asyncio.subprocess.Process = field(init=False)
     port: int = 0
+    limits: Limits = field(default_factory=Limits)
 
     async def start_agent(self) -> None:
         self.process = await asyncio.create_subprocess_exec(
@@ -119,7 +122,7 @@ class World:
         given = stamp.Stamp(
             user="u",
             policy="p",
-            limits=Limits(),
+            limits=self.limits,
             namespace=self.namespace,
             spec_hash=stamp.spec_hash(PacketCaptureSpec.model_validate(spec)),
         )
@@ -157,6 +160,25 @@ class World:
 
         await eventually(so)
 
+    async def flushed(self) -> bool:
+        """Have the capturer write out what it holds."""
+        return bool(self.capturer.report(flush=True))
+
+    async def ask_health(self, path: str) -> str:
+        url = f"http://127.0.0.1:{self.environment['HEALTH_PORT']}/{path}"
+        with suppress(aiohttp.ClientConnectionError):
+            async with aiohttp.ClientSession() as session, session.get(url) as response:
+                return await response.text()
+        return ""
+
+    async def metrics(self) -> dict[str, float]:
+        families = text_string_to_metric_families(await self.ask_health("metrics"))
+        return {
+            sample.name.removeprefix("kubepcap_agent_"): sample.value
+            for family in families
+            for sample in family.samples
+        }
+
     async def ask(self, path: str) -> bytes:
         pair = self.authority.issue("kubepcap-apiserver")
         context = client_context(
@@ -190,6 +212,13 @@ async def ensure(client: Client, resource: Resource, body: Json, *, namespace: s
         await client.create(resource, body, namespace=namespace)
 
 
+async def listable(client: Client, resource: Resource) -> bool:
+    with suppress(StatusError):
+        await client.list(resource)
+        return True
+    return False
+
+
 @pytest.fixture(scope="module")
 def authority() -> Authority:
     return Authority.create("kubepcap")
@@ -199,6 +228,8 @@ def authority() -> Authority:
 async def cluster(crds: BareControlPlane, authority: Authority, tmp_path: Path) -> AsyncIterator[World]:
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(Client.connect(user_agent="test", kubeconfig=crds.kubeconfig))
+        for resource in (PACKETCAPTURES, CAPTURENODES):  # a kind that is established may still be refused for a moment
+            await eventually(functools.partial(listable, client, resource))
         namespace = f"dev-{uuid.uuid4().hex[:8]}"
         await ensure(client, NODES, {"metadata": {"name": NODE}})
         for name in ("kubepcap", namespace):
@@ -366,8 +397,145 @@ async def test_a_worker_that_is_killed_loses_no_packet_of_before(cluster: World)
 
     await eventually(finished)
     await cluster.send(20)
-    await cluster.reported_as(uid, "Capturing", packets=70)
+    again = await cluster.reported_as(uid, "Capturing", packets=70)
     assert [file["packets"] for file in await cluster.files(uid)] == [50, 20]
+    assert again.interruptions == 1
+    assert again.interrupted_at is not None
+    node = CaptureNode.model_validate(await cluster.client.get(CAPTURENODES, NODE))
+    assert node.status.capturer is not None
+    assert (node.status.capturer.restarts, node.status.capturer.interfaces) == (1, 1)
+    shown = await cluster.metrics()
+    assert (shown["packets_total"], shown["capturer_restarts_total"], shown["interruptions_total"]) == (70, 1, 1)
+    assert (shown["interfaces"], shown["recovered_files_total"], shown["files"]) == (1, 1, 2)
+    assert shown["report_writes_total"] > 0
+
+
+async def test_when_agent_and_worker_are_killed_the_counts_are_those_of_the_files(cluster: World) -> None:
+    await cluster.create_pod(labels={"app": "web"})
+    uid = await cluster.create_capture("c", rotation={"maxFiles": 100, "maxFileSize": "300k"})
+    await cluster.waits(uid)
+    await cluster.send(1000)
+    await cluster.reported_as(uid, "Capturing", packets=1000)
+    cluster.process.kill()
+    await cluster.process.wait()
+    await cluster.send(500)  # nobody tells the agent of these
+    await eventually(cluster.flushed)
+    os.kill(cluster.capturer.worker_pid(), signal.SIGKILL)
+    cluster.capturer.read_to_end()
+    cluster.capturer.connect()
+    await cluster.start_agent()
+    await cluster.captures(1)
+    found = await cluster.reported_as(uid, "Capturing", packets=1500)
+    files = await cluster.files(uid)
+    assert sum(file["packets"] for file in files) == 1500
+    assert found.interruptions == 1
+    await cluster.stop_agent()
+    await cluster.start_agent()
+    await cluster.captures(1)
+    await cluster.send(7)
+    again = await cluster.reported_as(uid, "Capturing", packets=1507)
+    assert again.interruptions == 1
+
+
+async def test_a_second_agent_of_the_node_does_nothing_until_the_first_is_gone(cluster: World) -> None:
+    await cluster.create_pod(labels={"app": "web"})
+    uid = await cluster.create_capture("c")
+    await cluster.waits(uid)
+    first = cluster.process
+    cluster.environment |= {"HEALTH_PORT": str(free_port()), "PORT": str(free_port()), "POD_NAME": "agent-2"}
+    await cluster.start_agent()
+
+    async def refused() -> bool:
+        return (await cluster.ask_health("readyz")).startswith("node: another agent is at work on this node")
+
+    await eventually(refused)
+    node = await cluster.client.get(CAPTURENODES, NODE)
+    assert node["status"]["pod"] == "agent-1"
+    first.kill()
+    await first.wait()
+
+    async def taken_over() -> bool:
+        node = await cluster.client.get(CAPTURENODES, NODE)
+        return bool(node["status"]["pod"] == "agent-2")
+
+    await eventually(taken_over)
+    await cluster.send(3)
+    assert (await cluster.reported_as(uid, "Capturing", packets=3)).interruptions == 0
+
+
+async def test_an_end_that_moves_restarts_nothing_and_one_that_passed_unseen_is_kept(cluster: World) -> None:
+    await cluster.create_pod(labels={"app": "web"})
+    soon, later = (
+        (datetime.now(UTC) + timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%SZ") for seconds in (3, 600)
+    )
+    uid = await cluster.create_capture("c", endTime=soon)
+    await cluster.waits(uid)
+    await cluster.change_capture("c", {"endTime": later})
+
+    async def passed() -> bool:
+        return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ") > soon
+
+    await eventually(passed)
+    await cluster.send(5)
+    await cluster.reported_as(uid, "Capturing", packets=5)
+    soon = (datetime.now(UTC) + timedelta(seconds=2)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    await cluster.change_capture("c", {"endTime": soon})
+
+    async def moved() -> bool:
+        return [status.target.until for status in cluster.capturer.report()] == [
+            datetime.fromisoformat(soon).timestamp()
+        ]
+
+    await eventually(moved)
+    cluster.process.kill()
+    await cluster.process.wait()
+
+    async def ended() -> bool:
+        return [status.state for status in cluster.capturer.report()] == [State.STOPPED]
+
+    await eventually(ended)  # with no agent there
+    await cluster.send(5)
+    await cluster.start_agent()
+    found = await cluster.reported_as(uid, "Finished", "EndTimeReached", packets=5)
+    assert found.interruptions == 0
+    assert [(file["packets"], file["state"]) for file in await cluster.files(uid)] == [(5, "Finished")]
+
+
+async def test_over_its_policys_limit_a_capture_loses_its_oldest_files_and_no_other_does(cluster: World) -> None:
+    await cluster.create_pod(labels={"app": "web"})
+    cluster.limits = Limits(max_bytes_per_node=50_000)
+    small = await cluster.create_capture("small", rotation={"maxFiles": 100, "maxFileSize": "10k"}, snapLength=256)
+    cluster.limits = Limits()
+    other = await cluster.create_capture("other", rotation={"maxFiles": 100, "maxFileSize": "10k"}, snapLength=256)
+    await cluster.waits(small)
+    await cluster.waits(other)
+    await cluster.send(1000)
+
+    async def within() -> bool:
+        files = await cluster.files(small)
+        return len(files) > 1 and sum(file["size"] for file in files) <= 50_000
+
+    await eventually(within)
+    found = await cluster.reported_as(small, "Capturing", packets=1000)
+    assert found.evicted > 0
+    assert (await cluster.reported_as(other, "Capturing", packets=1000)).evicted == 0
+    assert sum(file["packets"] for file in await cluster.files(other)) == 1000
+
+
+async def test_a_filter_that_lets_nothing_through_is_told_with_what_was_seen(cluster: World) -> None:
+    await cluster.create_pod(labels={"app": "web"})
+    uid = await cluster.create_capture("c", filters=[{"protocol": "TCP", "ports": [1]}])
+    await cluster.waits(uid)
+    await cluster.send(100)
+
+    async def told() -> bool:
+        found = await cluster.reported(uid)
+        return found is not None and found.reason == "FilterMatchedNothing" and found.seen >= 100
+
+    await eventually(told)
+    found = await cluster.reported(uid)
+    assert found is not None
+    assert found.message == f"filter matched 0 of {found.seen:,} packets seen on 1 pod"
 
 
 async def test_an_agent_that_ends_leaves_finished_files_with_their_hashes(cluster: World) -> None:
