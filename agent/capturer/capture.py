@@ -462,9 +462,9 @@ class InterfaceCapture:
 def rest(size: int, seconds: float, *, ring: int) -> float:
     """How long to wait, in seconds, for a fuller ring after `size` bytes of it that came in `seconds`.
 
-    To wake for each block costs nearly half as much as its packets. So until an eighth of the ring is full if they go on to
-    come as fast, and never long; not at all when they come so slowly that the kernel's timer handed them over, nor when
-    they come so fast that the ring may be full before the thread is woken.
+    To wake for each block costs nearly half as much as its packets. So until an eighth of the ring is full if they go
+    on to come as fast, and never long; not at all when they come so slowly that the kernel's timer handed them over,
+    nor when they come so fast that the ring may be full before the thread is woken.
     """
     if size < _BLOCK_BYTES // 2:
         return 0.0
