@@ -79,7 +79,8 @@ class Agent:
             counters, files = Counters(earlier=total), Files(len(capture.targets), 100 * packets)
             facts.append(summarize(capture, status=status, counters=counters, files=files))
         capturer = Capturer(interfaces=len(plan.targets), ring_bytes=sum(t.ring_bytes for t in plan.targets.values()))
-        self._reporter.update([fact for fact in facts if fact is not None], disk=_DISK, capturer=capturer)
+        told = [fact for fact in facts if fact is not None]
+        self._reporter.update(told, disk=_DISK, capturer=capturer, agents=plan.agents)
 
     def _own(self, captures: Mapping[Key, reconcile.Capture]) -> list[reconcile.Capture]:
         """The captures as this agent alone would have read them: an order remembers what it made of its node's pods."""

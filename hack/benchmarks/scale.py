@@ -124,20 +124,26 @@ class World:
     client: Client
     sampler: Sampler
     api_pid: int
-    leader_pid: int
+    leader: subprocess.Popen[bytes]
+    leader_log: Path
     fleet_pids: list[int]
     statuses: Cache[Json]
     nodes: int
     captures: int
 
+    @property
+    def leader_pid(self) -> int:
+        """Raises Failure when the leader has ended: what comes after would measure nothing."""
+        if self.leader.poll() is not None:
+            raise Failure("the leader ended", log=self.leader_log)
+        return self.leader.pid
+
     async def wait_for(self, right: Right) -> None:
-        await eventually(
-            "all statuses are right",
-            lambda: (
-                len(self.statuses.objects) == self.captures
-                and all(right.fits(status) for status in self.statuses.objects.values())
-            ),
-        )
+        def all_fit() -> bool:
+            fitting = sum(right.fits(status) for status in self.statuses.objects.values())
+            return bool(self.leader_pid) and fitting == self.captures
+
+        await eventually("all statuses are right", all_fit)
 
     def cpu(self) -> tuple[float, float, float]:
         """CPU seconds so far of kube-apiserver, of the leader, and of what stands for the agents."""
@@ -337,7 +343,8 @@ async def world(plane: BareControlPlane, arguments: argparse.Namespace) -> Async
                 client=client,
                 sampler=sampler,
                 api_pid=_child("kube-apiserver"),
-                leader_pid=leader.pid,
+                leader=leader,
+                leader_log=plane.directory / "controller.log",
                 fleet_pids=[member.pid for member in members],
                 statuses=statuses,
                 nodes=arguments.nodes,

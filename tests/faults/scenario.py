@@ -1,0 +1,234 @@
+"""One fault: a program of the node is killed at some moment under traffic; then every packet is accounted for.
+
+A real agent and a real capturer before a real kube-apiserver, a pod with numbered packets from the benchmarks'
+generator. Whoever is killed is started again, as kubelet would; the worker has the capturer's first process for that.
+"""
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Final
+
+from api.capturenode import NodeCapture
+from hack.benchmarks.wire import FILTER, Counted, Sent, Wire, count, wire
+from hack.clusters.bare import BareControlPlane
+from hack.clusters.pki import Authority
+from kube.client import CONFIGMAPS, NAMESPACES, NODES, PACKETCAPTURES, Client
+from tests.agent import world
+from tests.apiserver.standins import Signer
+from tests.cluster.test_agent import NODE, SERVICEACCOUNTS, World, ensure, eventually, free_port
+
+PACKET_BYTES: Final = 64
+AFTER_SECONDS: Final = 1.5
+"""How long traffic goes on after the fault: longer than anything takes to come back."""
+FLUSH_SECONDS: Final = 1.0
+"""What a worker may lose at most of what it had captured before it was killed."""
+MARGIN_SECONDS: Final = 0.5
+"""What this machine may be late by, between a signal and the packet that goes over the wire at that moment."""
+
+
+class Victim(StrEnum):
+    """Whom to kill."""
+
+    WORKER = "worker"
+    CAPTURER = "capturer"
+    AGENT = "agent"
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What came of one fault. Whom nobody but kubelet starts again was started `back_after` seconds of traffic."""
+
+    victim: Victim
+    killed_after: float
+    back_after: float
+    sent: Sent
+    counted: Counted
+    said: NodeCapture
+    unreadable: tuple[str, ...]
+
+    @property
+    def lost(self) -> int:
+        return self.sent.sent - self.counted.numbered
+
+    def complaints(self) -> list[str]:
+        """What is wrong with it; nothing when each packet is accounted for."""
+        found = [f"tcpdump can't read {name}" for name in self.unreadable]
+        counted, said = self.counted, self.said
+        if counted.torn or counted.headless or counted.twice or counted.disordered:
+            found.append(f"the files are not whole: {counted}")
+        if said.packets != counted.packets:
+            found.append(f"status says {said.packets} packets, the files hold {counted.packets}")
+        found += self._agent_killed() if self.victim is Victim.AGENT else self._capturing_interrupted()
+        return found
+
+    def _agent_killed(self) -> list[str]:
+        """Nobody captures less for want of an agent."""
+        if self.lost == self.said.dropped and not self.said.interruptions:
+            return []
+        return [
+            f"{self.lost} packets are missing, {self.said.dropped} are said to be dropped, "
+            f"and {self.said.interruptions} interruptions"
+        ]
+
+    def _capturing_interrupted(self) -> list[str]:
+        """One gap, from a flush before the kill to the restart; status tells of it."""
+        found = []
+        if not self.said.interruptions or self.said.interrupted_at is None:
+            found.append("status tells of no interruption")
+        rate = self.sent.sent / self.sent.seconds
+        earliest = (self.killed_after - FLUSH_SECONDS - MARGIN_SECONDS) * rate
+        latest = (self.back_after + FLUSH_SECONDS + MARGIN_SECONDS) * rate
+        outside = [
+            (first, last)
+            for first, last in self._gaps()
+            if first - self.sent.first < earliest or last - self.sent.first > latest
+        ]
+        lost_outside = sum(last - first + 1 for first, last in outside)
+        if lost_outside > self.said.dropped:
+            found.append(f"packets are missing that were not lost to the kill: {outside}; {self.said.dropped} dropped")
+        return found
+
+    def _gaps(self) -> list[tuple[int, int]]:
+        """Ranges of numbers that are in no file, also before the first that is and after the last."""
+        first, last = self.sent.first, self.sent.first + self.sent.sent - 1
+        if self.counted.lowest is None or self.counted.highest is None:
+            return [(first, last)]
+        edges = [(first, self.counted.lowest - 1), (self.counted.highest + 1, last)]
+        return [gap for gap in (edges[0], *self.counted.missing, edges[1]) if gap[0] <= gap[1]]
+
+
+class Scenario:
+    """A node under traffic, on which one fault follows the other."""
+
+    def __init__(self, node: World, line: Wire, directory: Path) -> None:
+        self.node = node
+        self._line = line
+        self._directory = directory
+        self._rounds = 0
+
+    async def play(self, victim: Victim, *, chance: random.Random, rate: int) -> Round:
+        """Capture, kill at a random moment, and account for all packets once traffic has ended."""
+        name, self._rounds = f"round-{self._rounds}", self._rounds + 1
+        files = {"maxFileSize": "10M", "maxFiles": 10}
+        uid = await self.node.create_capture(name, rotation=files)
+        await self.node.reported_as(uid, "WaitingForTraffic", "NoPacketYet")
+        wait = chance.uniform(0.05, 2.5)
+        with self._line.traffic(size=PACKET_BYTES, rate=rate) as traffic:
+            began = time.monotonic()
+            await asyncio.sleep(wait)
+            killed_after = time.monotonic() - began
+            await self._kill(victim)
+            back_after = time.monotonic() - began
+            await asyncio.sleep(AFTER_SECONDS)
+            sent = await asyncio.to_thread(traffic.stop)
+        await self.node.change_capture(name, {"suspend": True})
+        await self.node.reported_as(uid, "Scheduled", "Suspended")
+        said = await self._settled(uid)
+        kept = sorted((self.node.capturer.captures / uid).glob("*.pcap"), key=_begun)
+        outcome = Round(victim, killed_after, back_after, sent, count(kept), said, tuple(_unreadable(kept)))
+        if not outcome.complaints():
+            await self.node.client.delete(PACKETCAPTURES, name, namespace=self.node.namespace)
+        return outcome
+
+    async def _kill(self, victim: Victim) -> None:
+        match victim:
+            case Victim.WORKER:
+                os.kill(self.node.capturer.worker_pid(), signal.SIGKILL)
+            case Victim.CAPTURER:
+                first, worker = self.node.capturer.process, self.node.capturer.worker_pid()
+                first.kill()
+                first.wait()
+                await asyncio.to_thread(world.eventually, lambda: not Path(f"/proc/{worker}").exists())
+                self.node.capturer = capturer_in(self._directory)
+            case Victim.AGENT:
+                self.node.process.kill()
+                await self.node.process.wait()
+                await self.node.start_agent()
+
+    async def _settled(self, uid: str) -> NodeCapture:
+        """What status says once all files are finished and it changes no more."""
+        directory = self.node.capturer.captures / uid
+
+        async def recorded() -> bool:
+            names = {path.name for path in directory.iterdir()}
+            return all(f"{name}.json" in names for name in names if name.endswith(".pcap"))
+
+        await eventually(recorded)
+        before: NodeCapture | None = None
+        for _ in range(20):
+            said = await self.node.reported(uid)
+            if said is not None and said == before:
+                return said
+            before = said
+            await asyncio.sleep(1.5)  # longer than the agent takes from one write of counters to the next
+        raise AssertionError(f"status does not come to rest: {before}")
+
+
+def capturer_in(directory: Path) -> world.Capturer:
+    """A capturer whose words go to a file. One that has just begun has to take its socket over first."""
+    directory.joinpath("capturer.sock").unlink(missing_ok=True)
+    log = str(directory / "capturer.log")
+    return world.Capturer(directory, prefix=("sh", "-c", 'exec "$@" 2>>"$0"', log))
+
+
+@asynccontextmanager
+async def scenario(plane: BareControlPlane, directory: Path) -> AsyncIterator[Scenario]:
+    """A node with a running agent and capturer, and a pod that can be sent to."""
+    authority = Authority.create("kubepcap")
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(Client.connect(user_agent="test", kubeconfig=plane.kubeconfig))
+        namespace = f"faults-{uuid.uuid4().hex[:8]}"
+        await ensure(client, NODES, {"metadata": {"name": NODE}})
+        for name in ("kubepcap", namespace):
+            await ensure(client, NAMESPACES, {"metadata": {"name": name}})
+        await ensure(client, SERVICEACCOUNTS, {"metadata": {"name": "default"}}, namespace=namespace)
+        bundle = {"metadata": {"name": "kubepcap-ca"}, "data": {"ca.crt": authority.certificate.decode()}}
+        await ensure(client, CONFIGMAPS, bundle, namespace="kubepcap")
+        signer = asyncio.create_task(Signer(client, authority).run(), name="signer")
+        stack.callback(signer.cancel)
+        line = stack.enter_context(wire())
+        environment = os.environ | {
+            "KUBECONFIG": str(plane.kubeconfig),
+            "NODE_NAME": NODE,
+            "POD_NAME": "agent-1",
+            "CAPTURER_SOCKET": str(directory / "capturer.sock"),
+            "DATA_DIRECTORY": str(directory),
+            "PORT": str(free_port()),
+            "HEALTH_PORT": str(free_port()),
+            "MIN_FREE_BYTES": "0",
+            "MIN_FREE_PERCENT": "0",
+            "COUNTERS_SECONDS": "1",
+            "LOG_LEVEL": "ERROR",
+        }
+        node = World(client, line.pod, capturer_in(directory), authority, environment, namespace)
+        stack.callback(lambda: node.capturer.close())
+        await node.start_agent()
+        stack.push_async_callback(node.stop_agent)
+        await node.create_pod(labels={"app": "web"})
+        yield Scenario(node, line, directory)
+
+
+def _begun(file: Path) -> int:
+    return int(file.stem.rsplit("-", 1)[1])
+
+
+def _unreadable(files: list[Path]) -> list[str]:
+    """The files that tcpdump complains about."""
+    found = []
+    for file in files:
+        done = subprocess.run(
+            ["tcpdump", "--count", "-r", str(file), FILTER], capture_output=True, text=True, check=False
+        )
+        if done.returncode or "truncated" in done.stderr:
+            found.append(file.name)
+    return found

@@ -1,0 +1,213 @@
+"""The benchmarks count right: what they say of packets is exact, and what they say of goals follows from the numbers.
+
+Nothing here is timed, and the runs are as small as they can be.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from agent.capturer.protocol import State
+from api.capturenode import NodeCapture
+from hack.benchmarks import capture, engines, process, scale
+from hack.benchmarks.machine import Machine
+from hack.benchmarks.outcome import Goal, Outcome, Spread, table
+from hack.benchmarks.wire import Counted, Sent, count, wire
+from hack.clusters.failure import Failure
+from tests.agent.world import Capturer
+from tests.faults.scenario import Round, Victim
+
+PACKETS = 5_000
+RUN = capture.Run(
+    sent=100,
+    refused=0,
+    rate=1000.0,
+    written=100,
+    dropped=0,
+    in_files=100,
+    torn=0,
+    twice=0,
+    cpu=0.1,
+    peak_rss=1 << 20,
+    rotated=False,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tools() -> None:
+    engines.require()
+
+
+@pytest.mark.parametrize("engine", list(capture.ENGINES))
+def test_every_engine_is_accounted_for_to_the_packet(engine: str, tmp_path: Path) -> None:
+    case = capture.Case(64, 20_000, "tmpfs")
+    with wire() as line:
+        run = capture.measure(line, case, engine, seconds=PACKETS / case.rate, directory=tmp_path)
+    assert run.sent == PACKETS
+    assert run.is_exact, run
+    assert run.cpu > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_rotating_files_the_rest_is_counted(tmp_path: Path) -> None:
+    case = capture.Case(1514, 20_000, "disk", ring_mib=16, rotating=True)
+    with wire() as line:
+        run = capture.measure(line, case, capture.OURS, seconds=2, directory=tmp_path)
+    assert run.sent == run.written + run.dropped == 40_000
+    assert run.is_exact, run
+    assert 0 < run.in_files < run.written  # four files of 10 MB hold 26 thousand at most
+
+
+def test_what_is_missing_from_files_is_named(tmp_path: Path, capturer: Capturer) -> None:
+    with wire() as line:
+        target = line.pod.target(snap_length=262144, max_file_bytes=1 << 40)
+        assert capturer.start(target).state is State.CAPTURING
+        for first, packets in ((10, 100), (200, 50), (240, 20)):
+            with line.traffic(size=64, rate=50_000, packets=packets, first=first) as traffic:
+                sent = traffic.wait()
+            assert (sent.first, sent.sent) == (first, packets)
+        capturer.stop(target)
+        (file,) = capturer.files(target)
+    whole = count([file])
+    assert (whole.numbered, whole.lowest, whole.highest, whole.missing) == (170, 10, 259, [(110, 199)])
+    assert (whole.twice, whole.torn, whole.headless) == (10, 0, 0)
+    torn = tmp_path / "torn.pcap"
+    torn.write_bytes(file.read_bytes()[:-1])
+    assert (count([torn]).numbered, count([torn]).torn) == (169, 16 + 64 - 1)
+    torn.write_bytes(b"\xd4\xc3")
+    assert count([torn]).headless == 1
+    torn.write_bytes(b"no pcap file".ljust(100))
+    with pytest.raises(Failure, match="not a pcap file"):
+        count([torn])
+
+
+@pytest.fixture
+def capturer(tmp_path: Path) -> object:
+    place = tmp_path / "capturer"
+    place.mkdir()
+    made = Capturer(place)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "exact"),
+    [
+        ({}, True),
+        ({"written": 90, "in_files": 90, "dropped": 10}, True),
+        ({"written": 90, "in_files": 90, "dropped": 9}, False),
+        ({"in_files": 99}, False),
+        ({"in_files": 99, "rotated": True}, True),
+        ({"in_files": 0, "rotated": True}, False),
+        ({"torn": 3}, False),
+        ({"twice": 1}, False),
+    ],
+)
+def test_a_run_is_exact_only_if_nothing_is_unaccounted_for(change: dict[str, int], exact: bool) -> None:
+    assert replace(RUN, **change).is_exact is exact  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("case", "engine", "cpu", "reached"),
+    [
+        (capture.Case(64, 400_000, "tmpfs"), capture.OURS, 0.1, [True, True, True]),
+        (capture.Case(64, 400_000, "tmpfs"), capture.OURS, 0.11, [True, True, False]),
+        (capture.Case(64, 100_000, "tmpfs"), capture.OURS, 0.5, [True, True]),
+        (capture.Case(1514, 400_000, "disk"), capture.OURS, 0.06, [True, True, True]),
+        (capture.Case(1514, 400_000, "disk"), capture.DIRECT, 0.06, [True, True, False]),
+        (capture.Case(1514, 400_000, "tmpfs"), capture.OURS, 0.5, [True, True]),
+        (capture.Case(64, 400_000, "tmpfs"), capture.DUMPCAP, 0.5, []),
+    ],
+)
+def test_goals_follow_from_the_runs(case: capture.Case, engine: str, cpu: float, reached: list[bool]) -> None:
+    goals = capture.goals(case, engine, [replace(RUN, cpu=cpu)], [RUN])
+    assert [goal.reached for goal in goals] == reached
+
+
+def test_what_tools_say_at_their_end_is_understood() -> None:
+    said = "12 packets captured\n14 packets received by filter\n2 packets dropped by kernel\n"
+    assert engines.totals(said, engines.TCPDUMP_TOTALS) == engines.Total(written=12, dropped=2)
+    said = "Packets received/dropped on interface 'eth0': 31/4 (pcap:4/dumpcap:0/flushed:0/ps_ifdrop:0) (88.6%)"
+    assert engines.totals(said, engines.DUMPCAP_TOTALS) == engines.Total(written=31, dropped=4)
+    with pytest.raises(Failure, match="no totals"):
+        engines.totals("tcpdump: eth0: no such device", engines.TCPDUMP_TOTALS)
+
+
+def test_writes_are_those_of_kubepcap_that_succeeded() -> None:
+    def line(verb: str, resource: str, subresource: str, code: int, value: float) -> str:
+        labels = f'code="{code}",resource="{resource}",subresource="{subresource}",verb="{verb}"'
+        return f"apiserver_request_total{{{labels}}} {value}\n"
+
+    metrics = (
+        line("APPLY", "capturenodes", "", 200, 7)
+        + line("APPLY", "capturenodes", "", 201, 1)
+        + line("APPLY", "capturenodes", "", 504, 5)
+        + line("PUT", "packetcaptures", "status", 200, 3)
+        + line("POST", "packetcaptures", "", 201, 100)
+        + line("PATCH", "pods", "status", 200, 9)
+        + line("GET", "capturenodes", "", 200, 9)
+    )
+    assert scale.writes(metrics) == {"capturenodes": 8, "packetcaptures/status": 3}
+
+
+def test_rings_are_told_from_other_memory(tmp_path: Path) -> None:
+    place = tmp_path / "capturer"
+    place.mkdir()
+    made = Capturer(place)
+    try:
+        with wire() as line:
+            before = process.ring_rss(made.worker_pid())
+            made.start(line.pod.target(ring_bytes=2 << 20))
+            rings = process.ring_rss(made.worker_pid())
+            assert before == 0
+            assert 1 << 20 <= rings <= 2 << 20
+            assert rings < process.rss(made.worker_pid()) <= process.peak_rss(made.worker_pid())
+    finally:
+        made.close()
+
+
+def test_an_outcome_is_a_table_and_a_document() -> None:
+    outcome = Outcome("hack/bench test", Machine.describe(), "how", goals=[Goal("be quick", "3 s", reached=False)])
+    outcome.rows += [{"what": "a", "s": Spread.of([3, 1, 2]), "n": 1234}, {"what": "bb", "s": 0.12345, "n": None}]
+    assert table(outcome.rows) == ["what        s      n", "a     2 (1–3)  1,234", "bb      0.123      –"]
+    assert outcome.text().endswith("MISSED: be quick, measured 3 s")
+    document = json.loads(outcome.json())
+    assert document["rows"][0]["s"] == {"median": 2, "lowest": 1, "highest": 3, "p90": 3, "count": 3}
+
+
+def counted(*missing: tuple[int, int], lowest: int = 0, highest: int = 499_999, extra: int = 0) -> Counted:
+    numbered = highest - lowest + 1 - sum(last - first + 1 for first, last in missing)
+    return Counted(numbered + extra, numbered, 0, 0, 0, 0, lowest, highest, list(missing))
+
+
+@pytest.mark.parametrize(
+    ("victim", "found", "interruptions", "right"),
+    [
+        (Victim.AGENT, counted(), 0, True),
+        (Victim.AGENT, counted((5, 5)), 0, False),
+        (Victim.WORKER, counted((110_000, 220_000)), 1, True),
+        (Victim.WORKER, counted((110_000, 220_000)), 0, False),
+        (Victim.WORKER, counted((60_000, 490_000)), 1, False),
+        (Victim.WORKER, counted((5, 5)), 1, False),
+        (Victim.WORKER, counted(highest=300_000), 1, False),
+    ],
+)
+def test_a_round_is_right_when_only_what_the_kill_may_lose_is_lost(
+    victim: Victim, found: Counted, interruptions: int, right: bool
+) -> None:
+    moment = "2026-01-01T00:00:00Z" if interruptions else None
+    said = NodeCapture.model_validate(
+        {
+            "namespace": "n",
+            "name": "c",
+            "uid": "u",
+            "state": "Scheduled",
+            "packets": found.packets,
+            "interruptions": interruptions,
+            "interruptedAt": moment,
+        }
+    )
+    outcome = Round(victim, 2.0, 2.2, Sent(0, 500_000, 0, 5.0), found, said, ())
+    assert (outcome.complaints() == []) is right, outcome.complaints()
