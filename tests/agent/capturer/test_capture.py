@@ -78,7 +78,7 @@ def test_packets_lost_for_want_of_ring_are_counted_exactly(pod: Pod, capturer: C
 
 
 def test_no_file_passes_its_size_and_none_is_lost_while_there_is_room(pod: Pod, capturer: Capturer) -> None:
-    target = pod.target(max_file_bytes=100_000, max_files=1000)
+    target = pod.target(max_file_bytes=100_000, max_files=1000, ring_bytes=64 << 20)
     capturer.start(target)
     pod.receive(10_000, size=500)
     status = capturer.stop(target)
@@ -91,7 +91,7 @@ def test_no_file_passes_its_size_and_none_is_lost_while_there_is_room(pod: Pod, 
 
 
 def test_rotation_keeps_the_newest_files(pod: Pod, capturer: Capturer) -> None:
-    target = pod.target(max_file_bytes=100_000, max_files=3)
+    target = pod.target(max_file_bytes=100_000, max_files=3, ring_bytes=64 << 20)
     capturer.start(target)
     pod.receive(10_000, size=500)
     status = capturer.stop(target)

@@ -50,7 +50,7 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
 
 def test_every_packet_is_in_the_file_after_each_flush_and_the_stop(pod: Pod, disk: Path) -> None:
     capturer = Capturer(disk)
-    target = pod.target(direct=True)
+    target = pod.target(direct=True, ring_bytes=64 << 20)
     capturer.start(target)
     assert writes_directly(capturer, target)
     (file,) = capturer.files(target)
@@ -78,7 +78,7 @@ def send_numbered(address: str, numbers: range) -> None:
 
 def test_rotation_loses_nothing(pod: Pod, disk: Path) -> None:
     capturer = Capturer(disk)
-    target = pod.target(direct=True, max_file_bytes=2_500_000, max_files=100)
+    target = pod.target(direct=True, max_file_bytes=2_500_000, max_files=100, ring_bytes=64 << 20)
     capturer.start(target)
     pod.receive(6000, size=1400)
     capturer.stop(target)
@@ -109,7 +109,7 @@ def test_a_full_disk_stops_the_capture_and_every_packet_is_accounted_for(pod: Po
 
 def test_a_disk_that_others_filled_stops_the_capture_at_the_next_flush(pod: Pod, disk: Path) -> None:
     capturer = Capturer(disk)
-    target = pod.target(direct=True)
+    target = pod.target(direct=True, ring_bytes=64 << 20)
     capturer.start(target)
     with contextlib.suppress(OSError), open(disk / "others", "wb", buffering=0) as others:
         while others.write(bytes(1 << 16)):
@@ -130,7 +130,7 @@ def test_a_file_system_without_it_is_written_as_usual(pod: Pod, tmp_path: Path) 
     run("mount", "-t", "ramfs", "kpc-test", str(tmp_path))
     try:
         capturer = Capturer(tmp_path)
-        target = pod.target(direct=True, max_file_bytes=1_000_000, max_files=10)
+        target = pod.target(direct=True, max_file_bytes=1_000_000, max_files=10, ring_bytes=64 << 20)
         assert capturer.start(target).state is State.CAPTURING
         assert not writes_directly(capturer, target)
         pod.receive(1000, size=1400)
