@@ -38,7 +38,8 @@ _BURST_SECONDS: Final = 0.02
 _LONGEST_BURST_SECONDS: Final = 1.0
 _GLANCE_SECONDS: Final = 0.25
 _LONGEST_SLEEP: Final = 30.0
-_STORE_SECONDS: Final = 5.0
+_STORE_SECONDS: Final = 30.0  # news wake it earlier
+_DISK_SECONDS: Final = 5.0
 _FAREWELL_SECONDS: Final = 8.0
 
 log = logging.getLogger(__name__)
@@ -148,7 +149,7 @@ class Agent:
             except asyncio.CancelledError:
                 planning.cancel()
                 # A task of its own: before Python 3.11.4 a timeout does not work in a task that was cancelled.
-                await tasks.create_task(self._say_farewell(), name="farewell")
+                await asyncio.create_task(self._say_farewell(), name="farewell")
                 raise
 
     async def _reconcile(self) -> NoReturn:
@@ -191,7 +192,7 @@ class Agent:
             began = time.monotonic()
             captures = [fact for plan in self._plan.captures if (fact := self._summarize(plan)) is not None]
             capturer = self._capturer_facts()
-            self._reporter.update(captures, disk=self._disk, capturer=capturer)
+            self._reporter.update(captures, disk=self._disk, capturer=capturer, agents=self._plan.agents)
             self._metrics.report(
                 captures,
                 targets=len(self._plan.targets),
@@ -296,7 +297,7 @@ class Agent:
 
     async def _until_disk_is_due(self, allowance: int) -> None:
         loop = asyncio.get_running_loop()
-        due = loop.time() + _STORE_SECONDS
+        due = loop.time() + _DISK_SECONDS
         before = self._disk.free if self._disk is not None else 0
         changed = False
         while not changed and loop.time() < due:

@@ -124,6 +124,11 @@ class Capture:
     def uid(self) -> str:
         return self.metadata.uid
 
+    @property
+    def agents(self) -> int:
+        """How many agents there are in the cluster, as the controller wrote it to this capture."""
+        return self.order.capture.status.agents if isinstance(self.order, Order) else 0
+
 
 def parse_capture(document: Json, *, direct: bool = False) -> Capture:
     """Read a PacketCapture and check its stamp. Raises ValueError when it has no proper metadata.
@@ -132,7 +137,7 @@ def parse_capture(document: Json, *, direct: bool = False) -> Capture:
     """
     metadata = ObjectMeta.model_validate(document["metadata"])
     try:
-        capture = PacketCapture.model_validate(document)
+        capture = PacketCapture.model_validate(document | {"status": _without_nodes(document.get("status"))})
         stamped = stamp.check(capture)
     except ValidationError as error:
         message = f"this release of the agent can't read it: {explain(error)}"
@@ -142,6 +147,11 @@ def parse_capture(document: Json, *, direct: bool = False) -> Capture:
     spec = capture.spec
     order = Order(capture, spec.pods(), spec.filter_expression(), stamped.limits, stamped.ends(capture), direct)
     return Capture(metadata, order)
+
+
+def _without_nodes(status: Json | None) -> Json:
+    """The status without what the nodes said: up to a hundred entries, which no agent reads, at every change."""
+    return {name: value for name, value in (status or {}).items() if name != "nodes"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +176,8 @@ class Plan:
     captures: tuple[CapturePlan, ...] = ()
     targets: dict[str, Target] = field(default_factory=dict)
     wake_at: datetime | None = None
+    agents: int = 0
+    """How many agents there are in the cluster, as far as the controller has said."""
 
 
 def plan(
@@ -207,7 +219,8 @@ def plan(
     room.reserve(target for each in plans.values() for target in each.targets)
     plans = {uid: room.admit(each) for uid, each in plans.items()}
     targets = {target.id: target for each in plans.values() for target in each.targets}
-    return Plan(tuple(plans.values()), targets, min(moments, default=None))
+    agents = max((each.capture.agents for each in plans.values()), default=0)
+    return Plan(tuple(plans.values()), targets, min(moments, default=None), agents)
 
 
 def _age(capture: Capture) -> tuple[datetime, str]:

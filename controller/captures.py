@@ -216,7 +216,7 @@ class Captures:
             await self._delete(capture)
             return []
         status = summarize(capture, admission, self._reports.of(metadata.uid), agents=self._reports.agents, now=now)
-        settles = settles_at(capture.status, admission, now=now)
+        settles = settles_at(capture.status, admission, agents=self._reports.agents, now=now)
         moments = [capture.spec.start_time, admission.ends, going, settles]
         return [moment for moment in moments if moment is not None] + await self._write(capture, status, now)
 

@@ -14,6 +14,8 @@ from controller.reports import Said
 LONGEST_LIST = 100
 SETTLING = timedelta(seconds=3)
 """After the admission; before it is over, that no node reports a pod does not mean that there is none."""
+SETTLING_PER_AGENT = timedelta(milliseconds=10)
+"""The more agents there are the longer it lasts, as they spread what all have to tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ def summarize(
     """The status as it should be now; `agents` is the number of nodes whose agent speaks."""
     nodes = sorted(nodes, key=_troubled_first)
     admitted = Finding("True" if admission.admitted else "False", admission.reason, admission.message)
-    settles = settles_at(capture.status, admission, now=now)
+    settles = settles_at(capture.status, admission, agents=agents, now=now)
     settled = settles is None or settles <= now
     state = _state(capture, admission, nodes, agents=agents, settled=settled, now=now)
     findings = {
@@ -64,20 +66,21 @@ def summarize(
         seen=sum(node.seen for node in nodes),
         evicted=sum(node.evicted for node in nodes),
         interruptions=sum(node.interruptions for node in nodes),
+        agents=agents,
         finished_time=_whole_seconds(admission.ends) if admission.ends and admission.has_ended(now) else None,
         nodes=[_summary(node) for node in nodes[:LONGEST_LIST]],
         more_nodes=max(0, len(nodes) - LONGEST_LIST),
     )
 
 
-def settles_at(previous: PacketCaptureStatus, admission: Admission, *, now: datetime) -> datetime | None:
+def settles_at(previous: PacketCaptureStatus, admission: Admission, *, agents: int, now: datetime) -> datetime | None:
     """When every agent has had time to report what an admission that was made lately means to it; None without one."""
     if not admission.admitted:
         return None
     admitted = previous.condition("Admitted")
     since = admitted.last_transition_time if admitted is not None and admitted.status == "True" else now
     # Not beyond what the clock says now, should it have been set back.
-    return min(since, now) + SETTLING
+    return min(since, now) + SETTLING + agents * SETTLING_PER_AGENT
 
 
 def unreadable(previous: PacketCaptureStatus, *, message: str, generation: int, now: datetime) -> PacketCaptureStatus:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from agent.report import Facts, Intervals, pace
+from agent.report import Facts, Intervals, Spread, pace
 from api.capturenode import Disk, NodeCapture
 
 INTERVALS = Intervals(states=1, counters=10, heartbeat=30)
@@ -44,7 +44,8 @@ WRITTEN = facts()
 )
 def test_states_are_written_at_once_and_counters_seldom(current: Facts, seconds_since: float, wait: float) -> None:
     now = 1000.0 + seconds_since
-    assert pace(written=WRITTEN, written_at=1000.0, current=current, now=now, intervals=INTERVALS) == wait
+    given = {"written": WRITTEN, "written_at": 1000.0, "changed_at": now, "intervals": INTERVALS}
+    assert pace(current=current, now=now, **given) == wait  # type: ignore[arg-type]
 
 
 def test_how_many_packets_a_filter_held_back_is_a_counter_and_that_it_does_is_a_state() -> None:
@@ -53,11 +54,33 @@ def test_how_many_packets_a_filter_held_back_is_a_counter_and_that_it_does_is_a_
         return facts(reason="FilterMatchedNothing", message=message, seen=seen, packets=0)
 
     def wait(current: Facts, written: Facts) -> float:
-        return pace(written=written, written_at=1000, current=current, now=1005, intervals=INTERVALS)
+        return pace(written=written, written_at=1000, current=current, changed_at=1005, now=1005, intervals=INTERVALS)
 
     assert wait(matched_nothing(2), matched_nothing(1)) == 5
     assert wait(matched_nothing(1), facts(reason="NoPacketYet", packets=0)) == 0
 
 
 def test_the_first_report_does_not_wait() -> None:
-    assert pace(written=None, written_at=float("-inf"), current=Facts(), now=0, intervals=INTERVALS) == 0
+    given = {"written": None, "written_at": float("-inf"), "changed_at": 0.0, "intervals": INTERVALS}
+    assert pace(current=Facts(), now=0, **given) == 0  # type: ignore[arg-type]
+
+
+def test_agents_that_all_have_something_to_tell_share_the_time() -> None:
+    """However often states change, a thousand agents together stay below 200 writes a second."""
+    seconds = Spread.of(1000, share=0).seconds
+    assert 1000 / seconds < 200
+    changed = facts(state="Error")
+
+    def wait(share: float, *, written_at: float, now: float) -> float:
+        spread = Spread.of(1000, share=share)
+        given = {"written": WRITTEN, "written_at": written_at, "changed_at": 1000.0, "intervals": INTERVALS}
+        return pace(current=changed, now=now, spread=spread, **given)  # type: ignore[arg-type]
+
+    assert wait(0.0, written_at=0, now=1000) == 0
+    assert wait(0.5, written_at=0, now=1000) == pytest.approx(seconds / 2)
+    assert wait(0.5, written_at=0, now=1000 + seconds) == 0
+    assert wait(0.0, written_at=999, now=1000) == pytest.approx(seconds - 1), "one that has just written waits"
+
+
+def test_two_agents_hardly_wait_for_each_other() -> None:
+    assert Spread.of(2, share=1.0).seconds < 0.1

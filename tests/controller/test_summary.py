@@ -220,7 +220,7 @@ def test_what_a_new_admission_means_is_not_said_before_every_agent_had_the_time_
     fresh = summarize(one, admission, [], agents=3, now=START)
     assert (fresh.phase, capturing(fresh)[1]) == ("Scheduled", "Starting")
     assert told(fresh, "PodsMatched")[:2] == ("Unknown", "Starting")
-    later = summarize(capture("web", status=fresh.to_json()), admission, [], agents=3, now=after(seconds=3))
+    later = summarize(capture("web", status=fresh.to_json()), admission, [], agents=3, now=after(seconds=4))
     assert (later.phase, capturing(later)[1]) == ("WaitingForTraffic", "NoPodMatches")
     assert told(later, "PodsMatched")[:2] == ("False", "NoPodMatches")
 
@@ -228,7 +228,8 @@ def test_what_a_new_admission_means_is_not_said_before_every_agent_had_the_time_
 def test_an_admission_settles_also_when_the_clock_was_set_back() -> None:
     (admission,) = admit([capture("web")], already=(), now=START).values()
     previous = PacketCaptureStatus.model_validate(SETTLED)
-    assert settles_at(previous, admission, now=after(hours=-1)) == after(hours=-1, seconds=3)
+    assert settles_at(previous, admission, agents=0, now=after(hours=-1)) == after(hours=-1, seconds=3)
+    assert settles_at(previous, admission, agents=1000, now=after(hours=-1)) == after(hours=-1, seconds=13)
 
 
 def test_all_that_can_be_said_of_a_capture_that_runs_well() -> None:

@@ -1,4 +1,4 @@
-"""File systems that fail in the ways that real ones do, made of what every Linux has: tmpfs, loop devices, remounting."""
+"""File systems that fail as real ones do, made of what every Linux has: tmpfs, loop devices, remounting."""
 
 import subprocess
 from collections.abc import Iterator
