@@ -78,7 +78,7 @@ WrittenCapture = Annotated[
     WithJsonSchema({"type": "string", "maxLength": 4096}),
 ]
 """A `NodeCapture` as a string of JSON. As an object each costs kube-apiserver about 0.25 ms of CPU at every write of
-a CaptureNode, as a string 0.04 (measured with 100 captures); and a thousand nodes write for each capture that begins."""
+a CaptureNode, as a string 0.04 (measured with 100 captures); and all nodes write for each capture that begins."""
 
 
 class Capturer(Model):
