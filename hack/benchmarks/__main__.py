@@ -1,6 +1,7 @@
 """The command line of hack/bench."""
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
@@ -28,7 +29,8 @@ def main() -> None:
         sys.exit("hack/bench: network namespaces need root")
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        outcome = BENCHMARKS[arguments.benchmark].run(arguments)
+        with contextlib.redirect_stdout(sys.stderr):  # what starting a cluster says is no part of the outcome
+            outcome = BENCHMARKS[arguments.benchmark].run(arguments)
     except (Failure, subprocess.SubprocessError) as failure:
         sys.exit(f"hack/bench: {failure}")
     except KeyboardInterrupt:
