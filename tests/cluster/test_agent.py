@@ -511,13 +511,17 @@ async def test_over_its_policys_limit_a_capture_loses_its_oldest_files_and_no_ot
     await cluster.waits(other)
     await cluster.send(1000)
 
+    async def evicted() -> bool:
+        found = await cluster.reported(small)
+        return found is not None and found.packets == 1000 and found.evicted > 0
+
+    await eventually(evicted)
+
     async def within() -> bool:
-        files = await cluster.files(small)
-        return len(files) > 1 and sum(file["size"] for file in files) <= 50_000
+        return sum(file["size"] for file in await cluster.files(small)) <= 50_000
 
     await eventually(within)
-    found = await cluster.reported_as(small, "Capturing", packets=1000)
-    assert found.evicted > 0
+    assert (await cluster.reported_as(small, "Capturing", packets=1000)).pods == 1
     assert (await cluster.reported_as(other, "Capturing", packets=1000)).evicted == 0
     assert sum(file["packets"] for file in await cluster.files(other)) == 1000
 
