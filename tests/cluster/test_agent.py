@@ -518,7 +518,7 @@ async def test_over_its_policys_limit_a_capture_loses_its_oldest_files_and_no_ot
     await eventually(evicted)
 
     async def within() -> bool:
-        return sum(file["size"] for file in await cluster.files(small)) <= 50_000
+        return bool(sum(file["size"] for file in await cluster.files(small)) <= 50_000)
 
     await eventually(within)
     assert (await cluster.reported_as(small, "Capturing", packets=1000)).pods == 1
