@@ -382,11 +382,13 @@ async def measure(plane: BareControlPlane, arguments: argparse.Namespace, outcom
         async def count() -> None:
             await asyncio.sleep(arguments.steady)
 
-        created = await made.phase(f"{captures} captures created", create)
-        steady = await made.phase("counters only", count)
-        changed = await made.phase("all pods changed", change)
-        again = await made.phase("counters only, after", count)
-        outcome.rows += [created, steady, changed, again]
+        for name, work in (
+            (f"{captures} captures created", create),
+            ("counters only", count),
+            ("all pods changed", change),
+            ("counters only, after", count),
+        ):
+            outcome.rows.append(await made.phase(name, work))
         outcome.goals += goals(outcome.rows, leader_memory=process.peak_rss(made.leader_pid))
 
 
@@ -428,6 +430,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
         except* StatusError as group:
             raise Failure(f"kube-apiserver refused: {group.exceptions[0]}") from group
         except* Failure as group:
+            print(outcome.text(), file=sys.stderr)  # what was measured until then
             raise Failure(str(group.exceptions[0])) from group
     return outcome
 
