@@ -18,6 +18,8 @@ _SUCCESS: Final = 0
 _NETMASK_UNKNOWN: Final = 0xFFFFFFFF
 _PRECISION_NANO: Final = 1
 _SO_ATTACH_FILTER: Final = 26
+_SOL_PACKET: Final = 263
+_PACKET_IGNORE_OUTGOING: Final = 23
 _NO_PROTOCOL: Final = (
     0xFF  # below 0x600 the field of an Ethernet frame is a length, and Linux uses this value for nothing
 )
@@ -159,14 +161,19 @@ class Handle:
         finally:
             _pcap.pcap_freecode(ctypes.byref(program))
 
-    def open_gate(self) -> None:
+    def open_gate(self, *, loopback: bool = False) -> None:
         """Let packets in from now on, all of which are counted and have passed the filter. Raises PcapError.
+
+        A `loopback` gives each packet twice, on its way out and in, and libpcap writes the latter. The kernel is told to
+        keep the former to itself, else it would count what no file holds.
 
         libpcap would take in everything from the start, and filter what came before the filter was set by itself: then
         nobody could tell how many of the packets counted will reach the file.
         """
         try:
             with socket.socket(fileno=os.dup(self.descriptor)) as duplicate:
+                if loopback:
+                    duplicate.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
                 duplicate.bind((self._interface, _ALL_PROTOCOLS))
         except OSError as error:
             raise PcapError(f"{self._interface}: {error.strerror}") from error

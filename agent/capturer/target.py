@@ -285,7 +285,7 @@ class TargetCapture:
             )
             try:
                 handle.set_filter(self.target.filter)
-                handle.open_gate()
+                handle.open_gate(loopback=link.loopback)
             except BaseException:
                 handle.close()
                 raise
