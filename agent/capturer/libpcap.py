@@ -164,8 +164,8 @@ class Handle:
     def open_gate(self, *, loopback: bool = False) -> None:
         """Let packets in from now on, all of which are counted and have passed the filter. Raises PcapError.
 
-        A `loopback` gives each packet twice, on its way out and in, and libpcap writes the latter. The kernel is told to
-        keep the former to itself, else it would count what no file holds.
+        A `loopback` gives each packet twice, on its way out and in, and libpcap writes the latter. So the kernel is told
+        to keep the former to itself, else it would count what no file holds.
 
         libpcap would take in everything from the start, and filter what came before the filter was set by itself: then
         nobody could tell how many of the packets counted will reach the file.
