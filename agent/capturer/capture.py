@@ -16,16 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from agent.capturer.libpcap import (
-    FILE_HEADER_BYTES,
-    RECORD_HEADER_BYTES,
-    Buffer,
-    Dump,
-    Handle,
-    PcapError,
-    WriteError,
-    can_write_directly,
-)
+from agent.capturer.dump import Buffer, Dump, WriteError, open_direct
+from agent.capturer.libpcap import FILE_HEADER_BYTES, Handle, PcapError
 from agent.capturer.protocol import FileStatus, InterfaceStatus, State, Target
 from agent.capturer.wakeup import WakeUp
 from api import names
@@ -33,6 +25,9 @@ from api import names
 BATCH: Final = 4096
 """Packets per dispatch at most: the bound of what a stop, a flush or a rotation waits for."""
 
+_SMALLEST_BATCH: Final = 64
+_BATCH_BYTES: Final = 4 << 20  # about, by the size of the packets before
+_TYPICAL_BYTES: Final = 1500
 _BUFFER_BYTES: Final = 256 << 10
 _DIRECT_BUFFER_BYTES: Final = 1 << 20
 _FLUSH_SECONDS: Final = 1.0
@@ -70,7 +65,6 @@ class _File:
     name: str
     created: int
     dump: Dump
-    descriptor: int
     dropped_before: int
     packets: int = 0
     last_batch: int = FILE_HEADER_BYTES
@@ -112,7 +106,7 @@ class InterfaceCapture:
         self._handle = handle
         self._directory = directory
         self._on_change = on_change
-        self._direct: bool | None = None if target.direct else False
+        self._direct = target.direct
         self._buffer = Buffer(_DIRECT_BUFFER_BYTES if target.direct else _BUFFER_BYTES)
         self._wake = WakeUp()
         self._lock = threading.Lock()
@@ -124,6 +118,7 @@ class InterfaceCapture:
         self._before = before or InterfaceStatus(interface=interface, state=State.STARTING)
         self._packets = 0
         self._bytes = 0
+        self._mean_size = _TYPICAL_BYTES
         self._dropped = 0
         self._counts_are_final = False
         self._closed: deque[FileStatus] = deque(self._before.files)
@@ -213,26 +208,43 @@ class InterfaceCapture:
                         self._wake.clear()
 
     def _batch(self) -> bool:
-        """Write the next waiting packets, never past the file's limit. Returns whether there may be more."""
-        file = self._current
-        start = file.dump.tell()
-        room = (self._target.max_file_bytes - start) // (self._target.snap_length + RECORD_HEADER_BYTES)
-        if room <= 0:
-            self._rotate()
-            return self._batch()
-        wanted = min(room, BATCH)
-        written = self._handle.dispatch(wanted, file.dump)
-        if written:
+        """Write the next waiting packets. Returns whether there may be more."""
+        dump = self._current.dump
+        start = dump.tell()
+        wanted = self._most_packets()
+        packets = self._handle.dispatch(wanted, dump.pointer)
+        if packets:
+            size = dump.tell() - start
+            self._bytes += size + _RING_HEADER_BYTES * packets
+            self._mean_size = size // packets
             if self._room_due:
                 self._make_room()
-            file.packets += written
-            file.last_batch = start
-            file.first_packet_at = file.first_packet_at or time.monotonic()
-            self._packets += written
-            self._bytes += file.dump.tell() - start + _RING_HEADER_BYTES * written
-            self._unflushed = True
-            file.dump.check()
-        return written == wanted
+            dump.check()
+            self._place(packets, start)
+        return packets == wanted
+
+    def _most_packets(self) -> int:
+        """How many to take at once, so that what the file has no room for stays small in memory."""
+        size = min(_BATCH_BYTES, 2 * self._target.max_file_bytes)
+        return max(_SMALLEST_BATCH, min(BATCH, size // self._mean_size))
+
+    def _place(self, packets: int, start: int) -> None:
+        """Count the packets that were written from `start` on. Those that have no room in the file begin the next."""
+        while packets:
+            file = self._current
+            rest = file.dump.split(start) if file.dump.is_over else None
+            kept = packets - rest.packets if rest is not None else packets
+            if kept:
+                file.packets += kept
+                file.last_batch = start
+                file.first_packet_at = file.first_packet_at or time.monotonic()
+                self._packets += kept
+                self._unflushed = True
+            if rest is None:
+                return
+            self._rotate()
+            self._current.dump.append(rest)
+            packets, start = rest.packets, FILE_HEADER_BYTES
 
     def _keep_time(self) -> None:
         """Flush and rotate by age when due."""
@@ -298,19 +310,16 @@ class InterfaceCapture:
             time.sleep(_DRAIN_POLL_SECONDS)
 
     def _rotate(self) -> None:
-        self._flush(last=True)
+        self._flush()
         self._retire_current()
         self._make_room()
         self._open_next()
         self._publish(State.CAPTURING)
         self._on_change()
 
-    def _flush(self, *, last: bool = False) -> None:
+    def _flush(self) -> None:
         file = self._current
-        if last:
-            file.dump.finish()
-        else:
-            file.dump.flush()
+        file.dump.flush()
         file.flushed_size = file.dump.tell()
         file.flushed_packets = file.packets
         file.flushed_last_batch = file.last_batch
@@ -359,28 +368,23 @@ class InterfaceCapture:
         created = time.time_ns()
         name = self._name(created=created)
         # The agent may write into the directory, so never follow a link it might have put there.
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(name, flags, _FILE_MODE, dir_fd=self._directory)
-        try:
-            dump = self._open_dump(descriptor)
-        except BaseException:
-            os.close(descriptor)
-            raise
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with contextlib.ExitStack() as undo:
+            descriptor = os.open(name, flags, _FILE_MODE, dir_fd=self._directory)
+            undo.callback(os.close, descriptor)
+            direct = open_direct(descriptor, self._buffer) if self._direct else None
+            if direct is not None:
+                undo.callback(os.close, direct)
+            elif self._direct:
+                log.warning("%s on %s: the file system takes no O_DIRECT", self._target.id, self._interface)
+                self._direct = False
+            limit = self._target.max_file_bytes
+            dump = Dump(self._handle, descriptor, self._buffer, limit=limit, direct=direct)
+            undo.pop_all()
         self._sequence += 1
-        self._file = _File(name, created, dump, descriptor, dropped_before=self._dropped)
+        self._file = _File(name, created, dump, dropped_before=self._dropped)
         self._flush()  # the file header: an empty capture is a valid pcap from the first moment
         self._last_flush = float("-inf")  # and its first packet is to be seen at once
-
-    def _open_dump(self, descriptor: int) -> Dump:
-        if self._direct is None:
-            self._direct = can_write_directly(descriptor, self._buffer)
-            if not self._direct:
-                log.warning("%s on %s: the file system takes no O_DIRECT", self._target.id, self._interface)
-        if not self._direct:
-            return self._handle.open_dump(os.dup(descriptor), self._buffer)
-        # Not a duplicate, which would share the flag; and not by name, which could mean another file by now.
-        writer = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_CLOEXEC)
-        return self._handle.open_dump(writer, self._buffer, copies=descriptor)
 
     def _name(self, *, created: int) -> str:
         return names.file_name(
@@ -398,14 +402,13 @@ class InterfaceCapture:
         """
         file = self._current
         self._file = None
-        file.dump.close()
         try:
             if not intact:
                 self._packets -= file.packets - file.flushed_packets
                 self._count_dropped()
-                os.ftruncate(file.descriptor, file.flushed_size)
+                file.dump.cut(file.flushed_size)
         finally:
-            os.close(file.descriptor)
+            file.dump.close()
             self._closed.append(self._file_status(file, open_=False))
 
     def _close(self, *, intact: bool) -> None:
@@ -416,7 +419,7 @@ class InterfaceCapture:
             if self._file is not None:
                 if intact:
                     try:
-                        self._flush(last=True)
+                        self._flush()
                     except WriteError as error:
                         log.warning("last flush of %s: %s", self._file.name, error)
                         intact = False

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from scapy.utils import RawPcapReader
 
-from agent.capturer.libpcap import Buffer, can_write_directly
+from agent.capturer.dump import Buffer, open_direct
 from agent.capturer.protocol import State, Target
 from tests.agent.world import HEADERS, PORT, Capturer, Pod, run
 
@@ -142,7 +142,9 @@ def test_a_file_system_without_it_is_written_as_usual(pod: Pod, tmp_path: Path) 
 
 
 def test_finding_out_leaves_the_file_as_it_was(tmp_path: Path) -> None:
-    descriptor = os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT)
-    can_write_directly(descriptor, Buffer(1 << 20))
+    descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    direct = open_direct(descriptor, Buffer(1 << 20))
+    assert direct is not None
+    os.close(direct)
     assert (os.fstat(descriptor).st_size, os.lseek(descriptor, 0, os.SEEK_CUR)) == (0, 0)
     os.close(descriptor)

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from scapy.utils import RawPcapReader
 
-from agent.capturer.libpcap import Buffer, Handle
+from agent.capturer.dump import Buffer, Dump
+from agent.capturer.libpcap import Handle
 from agent.capturer.protocol import State
 from tests.agent.world import HEADERS, PORT, Capturer, Pod, eventually, in_namespace, run
 
@@ -90,19 +91,19 @@ def test_nothing_comes_in_before_the_gate_is_open(pod: Pod) -> None:
 def test_trap_4_the_buffer_is_as_large_as_asked_for(pod: Pod, tmp_path: Path) -> None:
     handle = opened(pod, "udp")
     path = tmp_path / "file"
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
-    dump = handle.open_dump(descriptor, Buffer(256 << 10))
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    dump = Dump(handle, descriptor, Buffer(256 << 10), limit=1 << 30)
     pod.receive(1000, size=1000)
     written = 0
 
     def dispatched() -> bool:
         nonlocal written
-        written += handle.dispatch(4096, dump)
+        written += handle.dispatch(4096, dump.pointer)
         return written == 1000
 
     eventually(dispatched)
     assert path.stat().st_size == (dump.tell() >> 18) << 18, "whole buffers, nothing else"
-    dump.finish()
+    dump.flush()
     assert path.stat().st_size == dump.tell()
     dump.close()
     handle.close()
