@@ -5,6 +5,7 @@ generator. Whoever is killed is started again, as kubelet would; the worker has 
 """
 
 import asyncio
+import functools
 import os
 import random
 import signal
@@ -22,16 +23,20 @@ from api.capturenode import NodeCapture
 from hack.benchmarks.wire import FILTER, Counted, Sent, Wire, count, wire
 from hack.clusters.bare import BareControlPlane
 from hack.clusters.pki import Authority
-from kube.client import CONFIGMAPS, NAMESPACES, NODES, PACKETCAPTURES, Client
+from kube.client import CAPTURENODES, CONFIGMAPS, NAMESPACES, NODES, PACKETCAPTURES, Client
 from tests.agent import world
 from tests.apiserver.standins import Signer
-from tests.cluster.test_agent import NODE, SERVICEACCOUNTS, World, ensure, eventually, free_port
+from tests.cluster.test_agent import NODE, SERVICEACCOUNTS, World, ensure, eventually, free_port, listable
 
 PACKET_BYTES: Final = 64
-AFTER_SECONDS: Final = 1.5
-"""How long traffic goes on after the fault: longer than anything takes to come back."""
+BEFORE_SECONDS: Final = (2.0, 3.5)
+"""How long traffic goes on before the fault: at least so long that there is something which no kill may lose."""
+AFTER_SECONDS: Final = 4.0
+"""How long it goes on after the fault: well beyond the moment at which everything must be captured again."""
 FLUSH_SECONDS: Final = 1.0
 """What a worker may lose at most of what it had captured before it was killed."""
+BACK_SECONDS: Final = 2.0
+"""After this at the latest whoever was killed captures again, counted from when it can be started again."""
 MARGIN_SECONDS: Final = 0.5
 """What this machine may be late by, between a signal and the packet that goes over the wire at that moment."""
 
@@ -68,7 +73,21 @@ class Round:
             found.append(f"the files are not whole: {counted}")
         if said.packets != counted.packets:
             found.append(f"status says {said.packets} packets, the files hold {counted.packets}")
+        found += self._not_captured()
         found += self._agent_killed() if self.victim is Victim.AGENT else self._capturing_interrupted()
+        return found
+
+    def _not_captured(self) -> list[str]:
+        """Packets that have to be in the files whatever is said of drops: or a loss of all would pass as dropped."""
+        missing, margin = _length(self._gaps()), MARGIN_SECONDS * self._rate
+        excused = self._may_be_lost[1] - self._may_be_lost[0]
+        found = []
+        if missing > excused + (self.sent.sent - excused) / 2:
+            found.append(f"only {self.counted.numbered} of {self.sent.sent} packets are in the files")
+        if self.counted.lowest is None or self.counted.lowest - self.sent.first > margin:
+            found.append(f"the first packets are in no file; the first that is: {self.counted.lowest}")
+        if self.counted.highest is None or self._last - self.counted.highest > margin:
+            found.append(f"the last packets, up to {self._last}, are in no file; the last: {self.counted.highest}")
         return found
 
     def _agent_killed(self) -> list[str]:
@@ -85,22 +104,32 @@ class Round:
         found = []
         if not self.said.interruptions or self.said.interrupted_at is None:
             found.append("status tells of no interruption")
-        rate = self.sent.sent / self.sent.seconds
-        earliest = (self.killed_after - FLUSH_SECONDS - MARGIN_SECONDS) * rate
-        latest = (self.back_after + FLUSH_SECONDS + MARGIN_SECONDS) * rate
-        outside = [
-            (first, last)
-            for first, last in self._gaps()
-            if first - self.sent.first < earliest or last - self.sent.first > latest
-        ]
-        lost_outside = sum(last - first + 1 for first, last in outside)
-        if lost_outside > self.said.dropped:
+        earliest, latest = self._may_be_lost
+        outside = [(first, last) for first, last in self._gaps() if first < earliest or last > latest]
+        if _length(outside) > self.said.dropped:
             found.append(f"packets are missing that were not lost to the kill: {outside}; {self.said.dropped} dropped")
         return found
 
+    @property
+    def _rate(self) -> float:
+        return self.sent.sent / self.sent.seconds
+
+    @property
+    def _last(self) -> int:
+        return self.sent.first + self.sent.sent - 1
+
+    @property
+    def _may_be_lost(self) -> tuple[float, float]:
+        """The numbers between which the kill may take packets away; those of an agent takes none."""
+        if self.victim is Victim.AGENT:
+            return self.sent.first, self.sent.first
+        earliest = self.killed_after - FLUSH_SECONDS - MARGIN_SECONDS
+        latest = self.back_after + BACK_SECONDS + MARGIN_SECONDS
+        return self.sent.first + earliest * self._rate, self.sent.first + latest * self._rate
+
     def _gaps(self) -> list[tuple[int, int]]:
         """Ranges of numbers that are in no file, also before the first that is and after the last."""
-        first, last = self.sent.first, self.sent.first + self.sent.sent - 1
+        first, last = self.sent.first, self._last
         if self.counted.lowest is None or self.counted.highest is None:
             return [(first, last)]
         edges = [(first, self.counted.lowest - 1), (self.counted.highest + 1, last)]
@@ -122,7 +151,7 @@ class Scenario:
         files = {"maxFileSize": "10M", "maxFiles": 10}
         uid = await self.node.create_capture(name, rotation=files)
         await self.node.reported_as(uid, "WaitingForTraffic", "NoPacketYet")
-        wait = chance.uniform(0.05, 2.5)
+        wait = chance.uniform(*BEFORE_SECONDS)
         with self._line.traffic(size=PACKET_BYTES, rate=rate) as traffic:
             began = time.monotonic()
             await asyncio.sleep(wait)
@@ -148,6 +177,7 @@ class Scenario:
                 first, worker = self.node.capturer.process, self.node.capturer.worker_pid()
                 first.kill()
                 first.wait()
+                await asyncio.to_thread(self.node.capturer.read_to_end)
                 await asyncio.to_thread(world.eventually, lambda: not Path(f"/proc/{worker}").exists())
                 self.node.capturer = capturer_in(self._directory)
             case Victim.AGENT:
@@ -187,6 +217,8 @@ async def scenario(plane: BareControlPlane, directory: Path) -> AsyncIterator[Sc
     authority = Authority.create("kubepcap")
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(Client.connect(user_agent="test", kubeconfig=plane.kubeconfig))
+        for resource in (PACKETCAPTURES, CAPTURENODES):  # a kind that is established may still be refused for a moment
+            await eventually(functools.partial(listable, client, resource))
         namespace = f"faults-{uuid.uuid4().hex[:8]}"
         await ensure(client, NODES, {"metadata": {"name": NODE}})
         for name in ("kubepcap", namespace):
@@ -216,6 +248,11 @@ async def scenario(plane: BareControlPlane, directory: Path) -> AsyncIterator[Sc
         stack.push_async_callback(node.stop_agent)
         await node.create_pod(labels={"app": "web"})
         yield Scenario(node, line, directory)
+
+
+def _length(ranges: list[tuple[int, int]]) -> int:
+    """How many numbers the ranges hold."""
+    return sum(last - first + 1 for first, last in ranges)
 
 
 def _begun(file: Path) -> int:

@@ -5,6 +5,7 @@ Nothing here is timed, and the runs are as small as they can be.
 
 import json
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from hack.benchmarks.outcome import Goal, Outcome, Spread, table
 from hack.benchmarks.wire import Counted, Sent, count, wire
 from hack.clusters.failure import Failure
 from tests.agent.world import Capturer
+from tests.faults import scenario
 from tests.faults.scenario import Round, Victim
 
 PACKETS = 5_000
@@ -177,37 +179,66 @@ def test_an_outcome_is_a_table_and_a_document() -> None:
     assert document["rows"][0]["s"] == {"median": 2, "lowest": 1, "highest": 3, "p90": 3, "count": 3}
 
 
-def counted(*missing: tuple[int, int], lowest: int = 0, highest: int = 499_999, extra: int = 0) -> Counted:
+SENT = Sent(first=0, sent=600_000, refused=0, seconds=6.0)
+NOTHING = Counted(0, 0, 0, 0, 0, 0, None, None, [])
+
+
+def counted(*missing: tuple[int, int], lowest: int = 0, highest: int = 599_999) -> Counted:
     numbered = highest - lowest + 1 - sum(last - first + 1 for first, last in missing)
-    return Counted(numbered + extra, numbered, 0, 0, 0, 0, lowest, highest, list(missing))
+    return Counted(numbered, numbered, 0, 0, 0, 0, lowest, highest, list(missing))
 
 
 @pytest.mark.parametrize(
-    ("victim", "found", "interruptions", "right"),
+    ("victim", "found", "dropped", "interruptions", "right"),
     [
-        (Victim.AGENT, counted(), 0, True),
-        (Victim.AGENT, counted((5, 5)), 0, False),
-        (Victim.WORKER, counted((110_000, 220_000)), 1, True),
-        (Victim.WORKER, counted((110_000, 220_000)), 0, False),
-        (Victim.WORKER, counted((60_000, 490_000)), 1, False),
-        (Victim.WORKER, counted((5, 5)), 1, False),
-        (Victim.WORKER, counted(highest=300_000), 1, False),
+        (Victim.AGENT, counted(), 0, 0, True),
+        (Victim.AGENT, counted(), 0, 1, False),
+        (Victim.AGENT, counted((5, 5)), 0, 0, False),
+        (Victim.AGENT, counted((5, 5)), 1, 0, True),
+        (Victim.AGENT, counted((1000, 590_000)), 589_001, 0, False),
+        (Victim.AGENT, NOTHING, 600_000, 0, False),
+        (Victim.WORKER, counted((110_000, 220_000)), 0, 1, True),
+        (Victim.WORKER, counted((110_000, 220_000)), 0, 0, False),
+        (Victim.WORKER, counted((40_000, 220_000)), 0, 1, False),  # more than a flush before the kill
+        (Victim.WORKER, counted((110_000, 590_000)), 0, 1, False),  # back too late
+        (Victim.WORKER, counted((110_000, 220_000), (300_000, 300_009)), 10, 1, True),
+        (
+            Victim.WORKER,
+            counted((110_000, 220_000), (300_000, 300_009)),
+            9,
+            1,
+            True,
+        ),
+        (Victim.WORKER, counted((110_000, 220_000), (500_000, 500_009)), 10, 1, True),
+        (Victim.WORKER, counted((110_000, 220_000), (500_000, 500_009)), 9, 1, False),
+        (Victim.WORKER, counted(highest=190_000), 0, 1, False),  # it never captured again
+        (Victim.WORKER, counted(highest=190_000), 600_000, 1, False),  # nor is that excused by what is called dropped
+        (Victim.WORKER, counted(lowest=190_000), 600_000, 1, False),
+        (Victim.WORKER, counted((1000, 590_000)), 600_000, 1, False),
+        (Victim.WORKER, NOTHING, 0, 1, False),
+        (Victim.CAPTURER, counted((110_000, 220_000)), 0, 1, True),
+        (Victim.CAPTURER, counted((110_000, 220_000)), 0, 0, False),
+        (Victim.CAPTURER, counted((110_000, 220_000)), 110_001, 0, False),  # an interruption is no drop
+        (Victim.CAPTURER, NOTHING, 0, 1, False),
     ],
 )
 def test_a_round_is_right_when_only_what_the_kill_may_lose_is_lost(
-    victim: Victim, found: Counted, interruptions: int, right: bool
+    victim: Victim, found: Counted, dropped: int, interruptions: int, right: bool
 ) -> None:
-    moment = "2026-01-01T00:00:00Z" if interruptions else None
-    said = NodeCapture.model_validate(
-        {
-            "namespace": "n",
-            "name": "c",
-            "uid": "u",
-            "state": "Scheduled",
-            "packets": found.packets,
-            "interruptions": interruptions,
-            "interruptedAt": moment,
-        }
+    said = NodeCapture(
+        namespace="n",
+        name="c",
+        uid="u",
+        state="Scheduled",
+        packets=found.packets,
+        dropped=dropped,
+        interruptions=interruptions,
+        interrupted_at=datetime(2026, 1, 1, tzinfo=UTC) if interruptions else None,
     )
-    outcome = Round(victim, 2.0, 2.2, Sent(0, 500_000, 0, 5.0), found, said, ())
+    outcome = Round(victim, killed_after=2.0, back_after=2.2, sent=SENT, counted=found, said=said, unreadable=())
     assert (outcome.complaints() == []) is right, outcome.complaints()
+
+
+def test_traffic_goes_on_longer_than_any_kill_may_take_packets_away() -> None:
+    assert scenario.BEFORE_SECONDS[0] > scenario.FLUSH_SECONDS + scenario.MARGIN_SECONDS
+    assert scenario.AFTER_SECONDS > scenario.BACK_SECONDS + 2 * scenario.MARGIN_SECONDS
