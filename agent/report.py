@@ -187,7 +187,7 @@ class Reporter:
             version=self._version,
             disk=facts.disk,
             capturer=facts.capturer,
-            captures=list(facts.captures),
+            reports=[capture.written() for capture in facts.captures],
         )
         body: dict[str, Any] = {
             "apiVersion": CAPTURENODES.api_version,

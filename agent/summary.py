@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from agent.capturer.protocol import State, TargetStatus
 from agent.reconcile import CapturePlan, Verdict
 from agent.tally import Count, Counters
-from api.capturenode import LONGEST_MESSAGE, NodeCapture
+from api.capturenode import LONGEST_MESSAGE, REASON, NodeCapture
 
 FILTER_MATCHED_NOTHING = "FilterMatchedNothing"
 """The reason whose message changes with every packet."""
-
-_LONGEST_REASON = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +35,7 @@ def summarize(
         name=metadata.name,
         uid=metadata.uid,
         state=verdict.state,
-        reason=_clamp(verdict.reason, _LONGEST_REASON),
+        reason=_word(verdict.reason),
         message=_clamp(verdict.message, LONGEST_MESSAGE),
         pods=_capturing(statuses),
         files=files.count,
@@ -80,6 +78,11 @@ def _nothing_yet(seen: int, pods: int) -> Verdict:
         return _NO_PACKET
     message = f"filter matched 0 of {seen:,} packets seen on {pods} pod{'s' if pods != 1 else ''}"
     return Verdict("WaitingForTraffic", FILTER_MATCHED_NOTHING, message)
+
+
+def _word(reason: str) -> str:
+    """A reason as it may be reported. The capturer's are trusted, but not so far that one of them ends the agent."""
+    return reason if not reason or REASON.fullmatch(reason) else "Other"
 
 
 def _clamp(text: str, longest: int) -> str:

@@ -13,6 +13,9 @@ from api.selector import LabelSelector, PodSelector, parse
 RECORD_OVERHEAD = 40
 """Bytes that a pcap file with one packet needs beside it: the file's header (24) and the record's (16)."""
 
+LARGEST_COUNT = 2**53
+"""What every reader of JSON still reads exactly."""
+
 Phase = Literal["Scheduled", "WaitingForTraffic", "Capturing", "Finished", "Error"]
 
 Protocol = Literal["TCP", "UDP", "ICMP", "ICMPv6", "SCTP", "UDPLite"]
@@ -191,7 +194,7 @@ class NodeSummary(Model):
     evicted: int = 0
     """Files removed to keep the disk's limits."""
     interruptions: int = 0
-    """Times that the capturer died; what came until it was back is in no file."""
+    """Times that capturing was interrupted; what came until it went on is in no file."""
 
 
 class PacketCaptureStatus(Model):
@@ -217,7 +220,7 @@ class PacketCaptureStatus(Model):
     evicted: int = 0
     """Files removed to keep the disk's limits, on all nodes."""
     interruptions: int = 0
-    """Times that a capturer died, on all nodes; what came until it was back is in no file."""
+    """Times that capturing was interrupted, on all nodes; what came until it went on is in no file."""
     agents: int = 0
     """Nodes whose agent speaks. By it agents know how far to spread their writes over time."""
     finished_time: Timestamp | None = None

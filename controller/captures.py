@@ -22,7 +22,7 @@ from controller.events import Events, started_by, transitions
 from controller.expiry import goes_at
 from controller.quota import Admission, admit
 from controller.reports import Changed, Reports
-from controller.summary import headline, outline, settles_at, summarize, unreadable
+from controller.summary import headline, outline, settles_at, summarize, unreadable, without_numbers
 from kube.client import CAPTURENODES, PACKETCAPTURES, Client, Json
 from kube.status import StatusError
 from kube.watch import Cache, Key, Signal
@@ -144,7 +144,12 @@ class Captures:
         now = self._clock()
         report = self._nodes.get(key.name)
         spoke = self._reports.agents > 0
-        changed = self._reports.put(report, now) if report is not None else self._reports.remove(key.name)
+        if report is not None:
+            changed = self._reports.put(report, now)
+        elif key in self._nodes.unparsable:
+            changed = self._reports.spoil(key.name)
+        else:
+            changed = self._reports.remove(key.name)
         self._note(changed, now)
         if spoke != (self._reports.agents > 0):
             self._touch_all()
@@ -215,7 +220,7 @@ class Captures:
         if going is not None and going <= now:
             await self._delete(capture)
             return []
-        status = summarize(capture, admission, self._reports.of(metadata.uid), agents=self._reports.agents, now=now)
+        status = summarize(capture, admission, self._reports.of(metadata), agents=self._reports.agents, now=now)
         settles = settles_at(capture.status, admission, agents=self._reports.agents, now=now)
         moments = [capture.spec.start_time, admission.ends, going, settles]
         return [moment for moment in moments if moment is not None] + await self._write(capture, status, now)
@@ -235,21 +240,14 @@ class Captures:
             return []
         if due > now:
             return [due]
-        body = {
-            "apiVersion": PACKETCAPTURES.api_version,
-            "kind": PACKETCAPTURES.kind,
-            "metadata": {
-                "name": metadata.name,
-                "namespace": metadata.namespace,
-                "uid": uid,
-                "resourceVersion": metadata.resource_version,
-            },
-            "status": status.to_json(),
-        }
-        answer = await self._client.replace(
-            PACKETCAPTURES, metadata.name, body, namespace=metadata.namespace, subresource="status"
-        )
-        written = read(answer)
+        try:
+            written = await self._replace_status(metadata, status)
+        except StatusError as error:
+            if error.code != 422:
+                raise
+            _log.error("%s: its status is written without numbers: %s", _named(capture), error.message)
+            status = without_numbers(status)
+            written = await self._replace_status(metadata, status)
         self._written[uid] = written
         self._written_at[uid] = now
         if status.phase != capture.status.phase:
@@ -260,6 +258,23 @@ class Captures:
             written.metadata, transitions(capture.status, status, started_by=started_by(written.metadata))
         )
         return []
+
+    async def _replace_status(self, metadata: ObjectMeta, status: PacketCaptureStatus) -> Known:
+        body = {
+            "apiVersion": PACKETCAPTURES.api_version,
+            "kind": PACKETCAPTURES.kind,
+            "metadata": {
+                "name": metadata.name,
+                "namespace": metadata.namespace,
+                "uid": metadata.uid,
+                "resourceVersion": metadata.resource_version,
+            },
+            "status": status.to_json(),
+        }
+        answer = await self._client.replace(
+            PACKETCAPTURES, metadata.name, body, namespace=metadata.namespace, subresource="status"
+        )
+        return read(answer)
 
     async def _delete(self, capture: PacketCapture) -> None:
         metadata = capture.metadata

@@ -4,16 +4,22 @@ A report of a node names all its captures, of which few have changed. What is ke
 each report says which captures it changed, and whether in state or merely in numbers.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from sys import intern
 from typing import NamedTuple
 
+from pydantic import ValidationError
+
 from api.capturenode import CaptureNode, NodeCapture
-from api.object import format_timestamp
+from api.object import Model, ObjectMeta, format_timestamp
 from api.packetcapture import Phase
+
+_log = logging.getLogger(__name__)
 
 SILENT_AFTER = timedelta(minutes=2)
 """Without a word for so long, a node's agent is taken to be away; agents speak at least every 30 seconds."""
@@ -24,10 +30,16 @@ _EXPECTED = {"", "NoPacketYet", "FilterMatchedNothing", "Starting", "NoPodMatche
 """Reasons of a node that captures, or waits for traffic, without any trouble."""
 
 
+UNREADABLE = "ReportUnreadable"
+_UNREADABLE_MESSAGE = "what the node's agent says can't be read: is it of another release?"
+
+
 class Said(NamedTuple):
     """What one node says of one capture; the fields are those of `NodeCapture`."""
 
     node: str
+    namespace: str
+    name: str
     state: Phase
     reason: str
     message: str
@@ -44,6 +56,8 @@ class Said(NamedTuple):
     def of(cls, node: str, capture: NodeCapture) -> "Said":
         return cls(
             node,
+            intern(capture.namespace),
+            intern(capture.name),
             capture.state,
             intern(capture.reason),
             intern(capture.message),
@@ -89,6 +103,10 @@ class Said(NamedTuple):
         message = f"the node's agent has said nothing since {format_timestamp(moment)}"
         return self._replace(state="Error", reason="AgentSilent", message=message, pods=0)
 
+    def unreadable(self) -> "Said":
+        """The same while what the node says can't be read."""
+        return self._replace(state="Error", reason=UNREADABLE, message=_UNREADABLE_MESSAGE, pods=0)
+
 
 @dataclass(frozen=True, slots=True)
 class NodeReport:
@@ -97,17 +115,34 @@ class NodeReport:
     node: str
     heartbeat: datetime | None
     captures: Mapping[str, Said]
+    unreadable: int = 0
+    """Reports of captures that can't be read. Those of which the capture is known are among the captures."""
+
+
+class _About(Model):
+    """Of which capture a report is."""
+
+    namespace: str
+    name: str
+    uid: str
 
 
 def read(item: object) -> NodeReport:
-    """A CaptureNode, made small. Raises `ValueError`."""
+    """A CaptureNode, made small. A bad report of a capture spoils no other. Raises `ValueError`."""
     node = CaptureNode.model_validate(item)
     name = intern(node.metadata.name)
-    return NodeReport(
-        name,
-        node.status.heartbeat_time or node.metadata.creation_timestamp,
-        {intern(capture.uid): Said.of(name, capture) for capture in node.status.captures},
-    )
+    captures, unreadable = {}, 0
+    for report in node.status.reports:
+        try:
+            capture = NodeCapture.read(report)
+            captures[intern(capture.uid)] = Said.of(name, capture)
+        except ValidationError:
+            unreadable += 1
+            with suppress(ValidationError):
+                about = _About.model_validate_json(report)
+                capture = NodeCapture(namespace=about.namespace, name=about.name, uid=about.uid, state="Error")
+                captures[intern(capture.uid)] = Said.of(name, capture).unreadable()
+    return NodeReport(name, node.status.heartbeat_time or node.metadata.creation_timestamp, captures, unreadable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +160,8 @@ class Reports:
         self._nodes: dict[str, NodeReport] = {}
         self._heard: dict[str, datetime] = {}
         self._silent: set[str] = set()
+        self._unreadable: set[str] = set()
+        self._foreign: set[tuple[str, str]] = set()
         self._by_capture: defaultdict[str, dict[str, Said]] = defaultdict(dict)
 
     @property
@@ -140,17 +177,31 @@ class Reports:
             self._heard[report.node] = max(spoke, now - SILENT_AFTER + GRACE)
         elif before.heartbeat != report.heartbeat:
             self._heard[report.node] = now
-        self._nodes[report.node] = report
-        known = before.captures if before is not None else {}
+        if report.unreadable and (before is None or before.unreadable != report.unreadable):
+            _log.warning("of what node %s reports of captures, %d can't be read", report.node, report.unreadable)
         changed = Changed()
-        for uid, said in report.captures.items():
+        if report.node in self._unreadable:
+            self._unreadable.discard(report.node)
+            changed.states.update(report.captures)
+        known = before.captures if before is not None else {}
+        captures = {uid: _with_numbers(said, known.get(uid)) for uid, said in report.captures.items()}
+        self._nodes[report.node] = replace(report, captures=captures)
+        for uid, said in captures.items():
             old = known.get(uid)
             if said == old:
                 continue
             self._by_capture[uid][report.node] = said
             kind = changed.numbers if old is not None and old.outline == said.outline else changed.states
             kind.add(uid)
-        self._forget(report.node, known.keys() - report.captures.keys(), changed)
+        self._forget(report.node, known.keys() - captures.keys(), changed)
+        return changed
+
+    def spoil(self, node: str) -> Changed:
+        """What the node says now can't be read: what it said last stays, and that it is in trouble is told."""
+        changed = Changed()
+        if node in self._nodes and node not in self._unreadable:
+            self._unreadable.add(node)
+            changed.states.update(self._nodes[node].captures)
         return changed
 
     def remove(self, node: str) -> Changed:
@@ -160,6 +211,7 @@ class Reports:
             self._forget(node, before.captures.keys(), changed)
         self._heard.pop(node, None)
         self._silent.discard(node)
+        self._unreadable.discard(node)
         return changed
 
     def listen(self, now: datetime) -> Changed:
@@ -174,17 +226,37 @@ class Reports:
                 changed.states.update(self._nodes[node].captures)
         return changed
 
-    def of(self, uid: str) -> list[Said]:
-        """What is to be said of a capture, node by node."""
-        said = self._by_capture.get(uid, {})
-        if self._silent.isdisjoint(said):
-            return list(said.values())
-        return [one.silent_since(self._heard[node]) if node in self._silent else one for node, one in said.items()]
+    def of(self, capture: ObjectMeta) -> list[Said]:
+        """What is to be said of a capture, node by node. What has its UID and another name is of no use, and logged."""
+        said = []
+        for node, one in self._by_capture.get(capture.uid, {}).items():
+            if (one.namespace, one.name) == (capture.namespace, capture.name):
+                said.append(self._as_it_stands(node, one))
+            elif (node, capture.uid) not in self._foreign:
+                self._foreign.add((node, capture.uid))
+                _log.warning("node %s reports %s/%s under the UID of another capture", node, one.namespace, one.name)
+        return said
+
+    @property
+    def foreign(self) -> int:
+        """Reports that are of no use, as they have the UID of one capture and the name of another."""
+        return len(self._foreign)
+
+    def _as_it_stands(self, node: str, said: Said) -> Said:
+        if node in self._unreadable:
+            return said.unreadable()
+        return said.silent_since(self._heard[node]) if node in self._silent else said
 
     def _forget(self, node: str, uids: Iterable[str], changed: Changed) -> None:
         for uid in uids:
             entries = self._by_capture[uid]
             entries.pop(node, None)
+            self._foreign.discard((node, uid))
             if not entries:
                 del self._by_capture[uid]
             changed.states.add(uid)
+
+
+def _with_numbers(said: Said, before: Said | None) -> Said:
+    """Where the node's report of a capture can't be read the numbers of its last one stay."""
+    return before.unreadable() if said.reason == UNREADABLE and before is not None else said

@@ -1,11 +1,11 @@
 """What the status of a capture says: one account of what all nodes report, and why nothing comes when nothing does."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from api.object import Condition, format_timestamp
-from api.packetcapture import NodeSummary, PacketCapture, PacketCaptureStatus, Phase
+from api.packetcapture import LARGEST_COUNT, NodeSummary, PacketCapture, PacketCaptureStatus, Phase
 from controller import conditions
 from controller.conditions import Finding, counted
 from controller.quota import Admission
@@ -59,13 +59,13 @@ def summarize(
     return PacketCaptureStatus(
         phase=state.phase,
         conditions=_conditions(capture.status, findings, generation=capture.metadata.generation, now=now),
-        pods=sum(node.pods for node in nodes),
-        packets=sum(node.packets for node in nodes),
-        bytes=sum(node.bytes for node in nodes),
-        dropped=sum(node.dropped for node in nodes),
-        seen=sum(node.seen for node in nodes),
-        evicted=sum(node.evicted for node in nodes),
-        interruptions=sum(node.interruptions for node in nodes),
+        pods=_sum(node.pods for node in nodes),
+        packets=_sum(node.packets for node in nodes),
+        bytes=_sum(node.bytes for node in nodes),
+        dropped=_sum(node.dropped for node in nodes),
+        seen=_sum(node.seen for node in nodes),
+        evicted=_sum(node.evicted for node in nodes),
+        interruptions=_sum(node.interruptions for node in nodes),
         agents=agents,
         finished_time=_whole_seconds(admission.ends) if admission.ends and admission.has_ended(now) else None,
         nodes=[_summary(node) for node in nodes[:LONGEST_LIST]],
@@ -88,6 +88,11 @@ def unreadable(previous: PacketCaptureStatus, *, message: str, generation: int, 
     findings = dict.fromkeys(("Admitted", "Capturing"), Finding("False", "SpecUnreadable", message))
     told = _conditions(previous, findings, generation=generation, now=now)
     return previous.model_copy(update={"phase": "Error", "conditions": told})
+
+
+def without_numbers(status: PacketCaptureStatus) -> PacketCaptureStatus:
+    """What must be told also when kube-apiserver refuses what nodes have counted."""
+    return PacketCaptureStatus(phase=status.phase, conditions=status.conditions, finished_time=status.finished_time)
 
 
 def headline(status: PacketCaptureStatus) -> tuple[object, ...]:
@@ -205,6 +210,10 @@ def _conditions(
             )
         )
     return told
+
+
+def _sum(counts: Iterable[int]) -> int:
+    return min(sum(counts), LARGEST_COUNT)
 
 
 def _whole_seconds(moment: datetime) -> datetime:

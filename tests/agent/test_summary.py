@@ -63,6 +63,11 @@ def test_the_state_is_what_the_capturer_makes_of_it(
     assert (made.state, made.reason, made.pods) == expected
 
 
+@pytest.mark.parametrize(("told", "reported"), [("WriteFailed", "WriteFailed"), ("no\nword", "Other")])
+def test_a_reason_that_is_no_word_is_not_reported(told: str, reported: str) -> None:
+    assert summary(PLAN, run(State.FAILED, reason=told)).reason == reported
+
+
 def test_a_verdict_stands_when_there_are_no_targets() -> None:
     made = summary(CapturePlan(CAPTURE, 2, verdict=Verdict("Scheduled", "Suspended", "m" * 1000)), None)
     assert (made.state, made.reason, len(made.message)) == ("Scheduled", "Suspended", 512)

@@ -390,7 +390,7 @@ async def test_what_nodes_report_becomes_the_status(world: World) -> None:
 
     async def report(**said: Any) -> None:
         about = {"namespace": "dev", "name": "reported", "uid": capture.metadata.uid}
-        status = {"heartbeatTime": format_timestamp(datetime.now(UTC)), "captures": [about | said]}
+        status = {"heartbeatTime": format_timestamp(datetime.now(UTC)), "reports": [json.dumps(about | said)]}
         await world.client.patch(CAPTURENODES, "node-a", {"status": status})
 
     await report(state="WaitingForTraffic", pods=1)
@@ -408,6 +408,34 @@ async def test_what_nodes_report_becomes_the_status(world: World) -> None:
     await eventually(counted)
 
 
+async def test_a_node_that_lies_spoils_neither_the_status_nor_other_captures(world: World) -> None:
+    await ready(world)
+    victim, other = await world.capture("victim"), await world.capture("other")
+
+    def said(capture: PacketCapture, **changes: Any) -> str:
+        metadata = capture.metadata
+        about = {"namespace": metadata.namespace, "name": metadata.name, "uid": metadata.uid, "state": "Capturing"}
+        return json.dumps(about | changes)
+
+    lies = [
+        said(victim, packets=10**19),
+        said(other, packets=3, pods=1, message="\x1b[31m\nred"),
+        said(other, name="victim", packets=7),
+    ]
+    status = {"heartbeatTime": format_timestamp(datetime.now(UTC)), "reports": lies[:2]}
+    body = {"apiVersion": "kubepcap.io/v1", "kind": "CaptureNode", "metadata": {"name": "liar"}, "status": status}
+    await world.client.create(CAPTURENODES, body)
+    troubled = await world.becomes("victim", "ReportUnreadable", "Degraded")
+    assert await world.reason("victim") == "WithinLimit"
+    assert troubled.status.packets == 0
+    counted = await world.becomes("other", "Capturing", "Capturing")
+    assert (counted.status.packets, counted.status.nodes[0].message) == (3, "\ufffd[31m\ufffdred")
+    await world.client.patch(CAPTURENODES, "liar", {"status": {"reports": lies[2:]}})
+    alone = await world.becomes("other", "NoPodMatches", "Capturing")
+    assert alone.status.packets == 0
+    await world.client.delete(CAPTURENODES, "liar")
+
+
 async def test_each_change_is_told_once_whatever_the_number_of_nodes(world: World) -> None:
     await ready(world)
     capture = await world.capture("told")
@@ -418,7 +446,7 @@ async def test_each_change_is_told_once_whatever_the_number_of_nodes(world: Worl
 
     async def report(told_by: list[str], **said: Any) -> None:
         about = {"namespace": "dev", "name": "told", "uid": capture.metadata.uid}
-        status = {"heartbeatTime": format_timestamp(datetime.now(UTC)), "captures": [about | said]}
+        status = {"heartbeatTime": format_timestamp(datetime.now(UTC)), "reports": [json.dumps(about | said)]}
         await asyncio.gather(*(world.client.patch(CAPTURENODES, name, {"status": status}) for name in told_by))
 
     async def summed(reason: str, pods: int) -> None:

@@ -2,14 +2,18 @@
 
 import json
 import subprocess
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import yaml
 
 from api import stamp
+from api.capturenode import NodeCapture
 from api.packetcapture import PacketCapture
 from hack.clusters.bare import BareControlPlane
+from tests.cluster.conftest import CRDS
 
 Kubectl = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -106,3 +110,43 @@ def test_a_policy_is_filled_with_safe_defaults(kubectl: Kubectl) -> None:
     stored = json.loads(kubectl(*dry_run, given=policy).stdout)["spec"]
     assert stored["limits"]["maxDuration"] == "1h0m0s"
     assert stored["selectors"]["allowEmpty"] is False
+
+
+def test_a_node_that_an_earlier_release_wrote_is_written_again(guarded_plane: BareControlPlane) -> None:
+    """Until v0.1.0 the captures of a node were objects, under another name."""
+    kubectl = [str(guarded_plane.kubectl), f"--kubeconfig={guarded_plane.kubeconfig}"]
+
+    def run(*arguments: str, given: object = None) -> None:
+        text = None if given is None else json.dumps(given)
+        done = subprocess.run([*kubectl, *arguments], input=text, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    def node(**status: object) -> dict[str, object]:
+        return {
+            "apiVersion": "kubepcap.io/v1",
+            "kind": "CaptureNode",
+            "metadata": {"name": "upgraded"},
+            "status": status,
+        }
+
+    definition = yaml.safe_load((CRDS / "capturenodes.yaml").read_text())
+    properties = definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["status"]["properties"]
+    del properties["reports"]
+    properties["captures"] = {"type": "array", "items": {"type": "object", "properties": {"uid": {"type": "string"}}}}
+    write = ["apply", "--server-side", "--force-conflicts", "--field-manager=kubepcap-agent", "--filename=-"]
+    run("apply", "--filename=-", given=definition)
+    run("wait", "--for=condition=Established", "crd/capturenodes.kubepcap.io", "--timeout=30s")
+    run(*write, given=node(captures=[{"uid": "u"}]))
+    run("apply", f"--filename={CRDS / 'capturenodes.yaml'}")
+    run("wait", "--for=condition=Established", "crd/capturenodes.kubepcap.io", "--timeout=30s")
+    report = NodeCapture(namespace="dev", name="c", uid="u", state="Capturing").written()
+    deadline = time.monotonic() + 30
+    while True:  # until kube-apiserver serves the new schema
+        run(*write, "--validate=false", given=node(reports=[report]))
+        answer = subprocess.run(
+            [*kubectl, "get", "capturenode", "upgraded", "--output=json"], capture_output=True, check=True
+        )
+        if (status := json.loads(answer.stdout)["status"]).get("reports") == [report]:
+            break
+        assert time.monotonic() < deadline, status
+    assert "captures" not in status

@@ -1,5 +1,6 @@
 """Captures and nodes as the tests need them."""
 
+import json
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -59,6 +60,5 @@ def capture(
 def node(name: str, *said: Json, heard: datetime = START) -> NodeReport:
     """The report of a node's agent, last heard at `heard`; each `said` is about the capture `web`, if not otherwise."""
     about = {"namespace": "dev", "name": "web", "uid": "uid-web", "state": "Capturing"}
-    return reports.read(
-        {"metadata": {"name": name}, "status": {"heartbeatTime": heard, "captures": [about | one for one in said]}}
-    )
+    written = [json.dumps(about | one) for one in said]
+    return reports.read({"metadata": {"name": name}, "status": {"heartbeatTime": heard, "reports": written}})

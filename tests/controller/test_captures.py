@@ -1,12 +1,15 @@
 """When a status is written, and what is made of a capture that can't be read."""
 
 from datetime import datetime, timedelta
+from typing import Any
 
 import pytest
 
 from api.packetcapture import NodeSummary, PacketCapture, PacketCaptureStatus
-from controller.captures import Unreadable, read, write_at
-from tests.controller.cases import START, after
+from controller.captures import Captures, Unreadable, read, write_at
+from controller.events import Events
+from kube.status import StatusError
+from tests.controller.cases import START, after, capture
 
 MINUTE = timedelta(minutes=1)
 OLD = PacketCaptureStatus(phase="Capturing", packets=1, nodes=[NodeSummary(node="a", state="Capturing", packets=1)])
@@ -72,3 +75,27 @@ def test_a_status_that_can_not_be_read_is_replaced() -> None:
     found = read({"metadata": {"name": "web", "uid": "u"}, "spec": {}, "status": {"packets": "many"}})
     assert isinstance(found, Unreadable)
     assert found.status == PacketCaptureStatus()
+
+
+class Refusing:
+    """kube-apiserver, which takes no status with packets in it."""
+
+    def __init__(self) -> None:
+        self.written: list[dict[str, Any]] = []
+
+    async def replace(self, _: object, name: str, body: dict[str, Any], **__: object) -> dict[str, Any]:
+        if body["status"]["packets"]:
+            raise StatusError(422, f"PacketCapture {name} is invalid")
+        self.written.append(body["status"])
+        metadata = body["metadata"] | {"resourceVersion": "2"}
+        return {"metadata": metadata, "spec": {"selector": "all()"}, "status": body["status"]}
+
+
+async def test_when_kube_apiserver_refuses_the_numbers_what_holds_is_written_without_them() -> None:
+    server: Any = Refusing()
+    captures = Captures(server, events=Events(server, instance="i"), counters_interval=MINUTE)
+    status = OLD.model_copy(update={"phase": "Capturing", "packets": 10**19})
+    assert await captures._write(capture("web"), status, START) == []
+    assert [(written["phase"], written["packets"], written["nodes"]) for written in server.written] == [
+        ("Capturing", 0, [])
+    ]

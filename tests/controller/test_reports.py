@@ -4,10 +4,15 @@ from datetime import datetime
 
 import pytest
 
-from controller.reports import GRACE, SILENT_AFTER, Changed, Reports
+from api.object import ObjectMeta
+from controller.reports import GRACE, SILENT_AFTER, Changed, Reports, Said, read
 from tests.controller.cases import START, Json, after, node
 
 OTHER = {"name": "other", "uid": "uid-other"}
+
+
+def of(reports: Reports, name: str = "web") -> list[Said]:
+    return reports.of(ObjectMeta(namespace="dev", name=name, uid=f"uid-{name}"))
 
 
 def put(reports: Reports, name: str, *said: Json, at: datetime = START, heard: datetime | None = None) -> Changed:
@@ -15,17 +20,17 @@ def put(reports: Reports, name: str, *said: Json, at: datetime = START, heard: d
     return reports.put(node(name, *said, heard=heard or at), at)
 
 
-def states(reports: Reports, uid: str = "uid-web") -> dict[str, tuple[str, str]]:
-    return {said.node: (said.state, said.reason) for said in reports.of(uid)}
+def states(reports: Reports) -> dict[str, tuple[str, str]]:
+    return {said.node: (said.state, said.reason) for said in of(reports)}
 
 
 def test_captures_are_found_on_all_their_nodes_and_on_no_other() -> None:
     reports = Reports()
     put(reports, "a", {}, OTHER)
     put(reports, "b", {})
-    assert {said.node for said in reports.of("uid-web")} == {"a", "b"}
-    assert {said.node for said in reports.of("uid-other")} == {"a"}
-    assert reports.of("uid-none") == []
+    assert {said.node for said in of(reports)} == {"a", "b"}
+    assert {said.node for said in of(reports, "other")} == {"a"}
+    assert of(reports, "none") == []
     assert reports.agents == 2
 
 
@@ -56,7 +61,7 @@ def test_a_node_that_is_gone_takes_its_reports_with_it() -> None:
     put(reports, "b", {})
     assert reports.remove("a") == Changed(states={"uid-web", "uid-other"})
     assert states(reports) == {"b": ("Capturing", "")}
-    assert (reports.of("uid-other"), reports.agents) == ([], 1)
+    assert (of(reports, "other"), reports.agents) == ([], 1)
     assert reports.remove("a") == Changed()
 
 
@@ -70,7 +75,7 @@ def test_a_node_falls_silent_and_speaks_again() -> None:
     assert reports.listen(silent) == Changed(), "it is told once"
     assert states(reports) == {"a": ("Error", "AgentSilent"), "b": ("Capturing", "")}
     assert reports.agents == 1
-    (said,) = (said for said in reports.of("uid-web") if said.node == "a")
+    (said,) = (said for said in of(reports) if said.node == "a")
     assert (said.packets, said.pods) == (5, 0)
     put(reports, "a", {}, at=after(minutes=3))
     reports.listen(after(minutes=3))
@@ -111,3 +116,49 @@ def test_what_finished_stays_so_on_a_silent_node() -> None:
     put(reports, "a", {"state": "Finished"})
     reports.listen(START + SILENT_AFTER)
     assert states(reports) == {"a": ("Finished", "")}
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"state": "Paused"}, {"message": "m" * 513}, {"packets": 10**19}, {"packets": -1}, {"reason": "no word"}],
+    ids=["an unknown state", "a long message", "a number beyond counting", "a negative number", "no word"],
+)
+def test_a_report_that_can_not_be_read_is_trouble_of_its_capture_and_of_no_other(bad: Json) -> None:
+    reports = Reports()
+    put(reports, "a", {"packets": 5, "pods": 1}, OTHER)
+    report = node("a", bad, OTHER, heard=after(seconds=1))
+    assert report.unreadable == 1
+    assert reports.put(report, after(seconds=1)) == Changed(states={"uid-web"})
+    (said,) = of(reports)
+    assert (said.state, said.reason, said.packets, said.pods) == ("Error", "ReportUnreadable", 5, 0)
+    assert [one.state for one in of(reports, "other")] == ["Capturing"]
+    put(reports, "a", {"packets": 6, "pods": 1}, OTHER, at=after(seconds=2))
+    assert [(one.state, one.packets) for one in of(reports)] == [("Capturing", 6)]
+
+
+def test_a_report_of_which_not_even_the_capture_is_known_is_counted() -> None:
+    item = {"metadata": {"name": "a"}, "status": {"reports": ["nonsense", "[]", '{"uid": 7}', '"\\ud800"']}}
+    found = read(item)
+    assert (found.unreadable, found.captures) == (4, {})
+
+
+def test_a_node_that_can_not_be_read_keeps_what_it_said_last_and_is_in_trouble() -> None:
+    reports = Reports()
+    put(reports, "a", {"packets": 5, "pods": 1})
+    assert reports.spoil("a") == Changed(states={"uid-web"})
+    assert reports.spoil("a") == Changed(), "it is told once"
+    (said,) = of(reports)
+    assert (said.state, said.reason, said.packets, said.pods) == ("Error", "ReportUnreadable", 5, 0)
+    assert put(reports, "a", {"packets": 5, "pods": 1}, at=after(seconds=1)) == Changed(states={"uid-web"})
+    assert states(reports) == {"a": ("Capturing", "")}
+
+
+def test_what_has_a_captures_uid_but_not_its_name_is_of_no_use_and_counted() -> None:
+    reports = Reports()
+    put(reports, "a", {"namespace": "elsewhere"})
+    put(reports, "b", {"name": "other"})
+    put(reports, "c", {})
+    assert states(reports) == {"c": ("Capturing", "")}
+    assert [reports.foreign for _ in range(2) if of(reports)] == [2, 2]
+    reports.remove("a")
+    assert reports.foreign == 1

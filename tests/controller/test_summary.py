@@ -8,7 +8,7 @@ import pytest
 from api.packetcapture import PacketCapture, PacketCaptureStatus
 from controller.quota import admit
 from controller.reports import NodeReport, Reports
-from controller.summary import LONGEST_LIST, headline, outline, settles_at, summarize, unreadable
+from controller.summary import LONGEST_LIST, headline, outline, settles_at, summarize, unreadable, without_numbers
 from tests.controller.cases import START, after, capture, node
 
 Json = dict[str, Any]
@@ -33,7 +33,7 @@ def status(
     for one_node in nodes:
         reports.put(one_node, one_node.heartbeat or now)
     reports.listen(now)
-    said = reports.of(one.metadata.uid)
+    said = reports.of(one.metadata)
     return summarize(one, admission, said, agents=reports.agents if agents is None else agents, now=now)
 
 
@@ -145,6 +145,18 @@ def test_numbers_are_summed() -> None:
     nodes = [node(f"n{number}", {"pods": 1, "packets": 10, "bytes": 1000, "dropped": number}) for number in range(3)]
     given = status(capture("web"), *nodes)
     assert (given.pods, given.packets, given.bytes, given.dropped) == (3, 30, 3000, 3)
+
+
+def test_however_much_nodes_count_a_sum_stays_what_kube_apiserver_takes() -> None:
+    given = status(capture("web"), *(node(f"n{number}", {"packets": 2**53}) for number in range(3)))
+    assert given.packets == 2**53
+
+
+def test_without_numbers_a_status_still_says_what_holds() -> None:
+    given = status(capture("web"), node("n", {"pods": 1, "packets": 5, "message": "m"}))
+    bare = without_numbers(given)
+    assert (bare.packets, bare.nodes) == (0, [])
+    assert headline(bare) == headline(given)
 
 
 def test_a_node_that_fell_silent_is_in_trouble_and_its_numbers_stay() -> None:
