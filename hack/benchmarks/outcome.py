@@ -35,14 +35,15 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What was promised, what was measured, and whether that keeps the promise."""
+    """What was promised, what was measured, and whether that keeps the promise; None where it can't be told."""
 
     text: str
     measured: str
-    reached: bool
+    reached: bool | None
 
     def __str__(self) -> str:
-        return f"{'reached' if self.reached else 'MISSED'}: {self.text}, measured {self.measured}"
+        verdict = "UNKNOWN" if self.reached is None else "reached" if self.reached else "MISSED"
+        return f"{verdict}: {self.text}, measured {self.measured}"
 
 
 Cell = Spread | str | int | float | None

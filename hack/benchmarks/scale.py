@@ -12,16 +12,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 from api import stamp
 from api.capturepolicy import Limits
-from api.packetcapture import PacketCaptureSpec
+from api.packetcapture import PacketCaptureSpec, PacketCaptureStatus
+from controller.conditions import counted
 from hack.benchmarks import process
 from hack.benchmarks.fleet import NAMESPACE, node_name
 from hack.benchmarks.machine import Machine
@@ -40,7 +42,9 @@ METHOD: Final = (
     "kube-apiserver, etcd and our leader as they are; of the agents all but capturing, in {processes} processes, with "
     "{watches} watches of captures and of pods besides.\n"
     "Everything shares this machine's cores, which in a cluster the agents would not. Writes are those of kubepcap, "
-    "not the benchmark's own of pods, nodes and captures."
+    "refused ones too, not the benchmark's own of pods, nodes and captures; kube-apiserver is asked for them every "
+    "second. Where it took longer to answer, all that was written meanwhile may have been in one second.\n"
+    "A status is right when it names all pods and nodes, in its conditions as well, and nothing is degraded."
 )
 
 PROJECT: Final = HACK.parent
@@ -51,7 +55,14 @@ ACCOUNTS: Final = ("system:serviceaccounts", "system:serviceaccounts:kubepcap", 
 
 _LONGEST_SECONDS: Final = 30.0
 _MOST_WRITES: Final = 200
+_LONGEST_SAMPLE: Final = 1.5
 _MOST_LEADER_MEMORY: Final = 300_000_000
+_CONCLUSIONS: Final[Mapping[str, str]] = {
+    "Admitted": "True",
+    "Capturing": "True",
+    "PodsMatched": "True",
+    "Degraded": "False",
+}
 _PATIENCE: Final = 300.0
 _AT_ONCE: Final = 50
 _WRITES: Final = frozenset({"POST", "PUT", "PATCH", "APPLY", "DELETE"})
@@ -65,14 +76,26 @@ class Right:
     pods: int
     nodes: int
 
-    def fits(self, status: Json) -> bool:
-        reported = len(status.get("nodes") or ()) + status.get("moreNodes", 0)
-        return (status.get("phase"), status.get("pods"), reported) == ("Capturing", self.pods, self.nodes)
+    def fits(self, status: PacketCaptureStatus) -> bool:
+        """Whether everyone has reported, and what is concluded from it is said."""
+        reported = len(status.nodes) + status.more_nodes
+        found = {condition.type: condition.status for condition in status.conditions}
+        matched = status.condition("PodsMatched")
+        return (
+            (status.phase, status.pods, reported) == ("Capturing", self.pods, self.nodes)
+            and _CONCLUSIONS.items() <= found.items()
+            and matched is not None
+            and matched.message.startswith(f"{counted(self.pods, 'pod')} match")
+        )
 
 
-def writes(metrics: str) -> dict[str, int]:
-    """Successful writes of kubepcap's programs by resource, out of kube-apiserver's own metrics."""
-    found: dict[str, int] = {}
+Writes = Mapping[tuple[str, str], int]
+"""Writes by resource and HTTP status code."""
+
+
+def writes(metrics: str) -> Writes:
+    """Writes of kubepcap's programs, whatever came of them, out of kube-apiserver's own metrics."""
+    found: Counter[tuple[str, str]] = Counter()
     for match in re.finditer(r"^apiserver_request_total\{([^}]*)\} (\S+)$", metrics, re.MULTILINE):
         labels = dict(re.findall(r'(\w+)="([^"]*)"', match[1]))
         resource = "/".join(filter(None, (labels["resource"], labels["subresource"])))
@@ -80,9 +103,54 @@ def writes(metrics: str) -> dict[str, int]:
             "packetcaptures",
             "POST",
         )
-        if labels["verb"] in _WRITES and labels["code"].startswith("2") and not by_the_benchmark:
-            found[resource] = found.get(resource, 0) + int(float(match[2]))
+        if labels["verb"] in _WRITES and not by_the_benchmark:
+            found[resource, labels["code"]] += int(float(match[2]))
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """The writes of the busiest second: so many at least; at most more, where kube-apiserver did not answer in time."""
+
+    at_least: int
+    at_most: int
+
+    def __str__(self) -> str:
+        return f"{self.at_least:,}" if self.at_least == self.at_most else f"{self.at_least:,} to {self.at_most:,}"
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was written in a time."""
+
+    by_resource: Mapping[str, int]
+    refused: Mapping[str, int]
+    """By resource and code, of those that did not succeed; they are in `by_resource` as well."""
+    peak: Peak
+
+    @classmethod
+    def of(cls, samples: Sequence[tuple[float, Writes]]) -> Self:
+        """From samples, each the time in seconds and what had been written until then."""
+        by_resource: Counter[str] = Counter()
+        refused: Counter[str] = Counter()
+        first, last = samples[0][1], samples[-1][1]
+        for (resource, code), number in last.items():
+            since = number - first.get((resource, code), 0)
+            by_resource[resource] += since
+            if not code.startswith("2"):
+                refused[f"{resource} {code}"] += since
+        return cls(+by_resource, +refused, _peak(samples))
+
+
+def _peak(samples: Sequence[tuple[float, Writes]]) -> Peak:
+    """Of a time that is much longer than a second, any second may have had all of its writes."""
+    at_least = at_most = 0
+    for (at_before, before), (at_after, after) in itertools.pairwise(samples):
+        number, seconds = sum(after.values()) - sum(before.values()), at_after - at_before
+        a_second = round(number / max(seconds, 1))
+        at_least = max(at_least, a_second)
+        at_most = max(at_most, number if seconds > _LONGEST_SAMPLE else a_second)
+    return Peak(at_least, at_most)
 
 
 @dataclass(slots=True)
@@ -90,31 +158,32 @@ class Sampler:
     """Asks kube-apiserver every second how much was written."""
 
     api: Api
-    samples: list[tuple[float, dict[str, int]]] = field(default_factory=list)
+    samples: list[tuple[float, Writes]] = field(default_factory=list)
 
     async def run(self) -> None:
+        due = time.monotonic()
         while True:
             with suppress(OSError, http.client.HTTPException):  # too busy to answer: the next sample spans more
                 await self.sample()
-            await asyncio.sleep(1)
+            due = max(due + 1, time.monotonic())
+            await asyncio.sleep(due - time.monotonic())
 
     async def sample(self) -> None:
         """Raises OSError, http.client.HTTPException."""
         metrics = await asyncio.to_thread(self.api.get, "/metrics")
         self.samples.append((time.monotonic(), writes(metrics)))
 
-    def between(self, start: float, end: float) -> tuple[dict[str, int], float]:
-        """Writes by resource, and those of all resources in the busiest second."""
-        inside = [sample for sample in self.samples if start <= sample[0] <= end]
-        if len(inside) < 2:
-            return {}, 0.0
-        first, last = inside[0][1], inside[-1][1]
-        total = {resource: last[resource] - first.get(resource, 0) for resource in last}
-        rates = [
-            (sum(after.values()) - sum(before.values())) / (at_after - at_before)
-            for (at_before, before), (at_after, after) in itertools.pairwise(inside)
-        ]
-        return {resource: number for resource, number in total.items() if number}, max(rates)
+    async def sample_at_last(self) -> None:
+        """A sample of now, however long that takes. Raises Failure."""
+        deadline = time.monotonic() + _PATIENCE
+        while time.monotonic() < deadline:
+            with suppress(OSError, http.client.HTTPException):
+                return await self.sample()
+            await asyncio.sleep(0.1)
+        raise Failure("kube-apiserver does not say its metrics")
+
+    def since(self, start: float) -> Written:
+        return Written.of([sample for sample in self.samples if sample[0] >= start])
 
 
 @dataclass(slots=True)
@@ -127,7 +196,7 @@ class World:
     leader: subprocess.Popen[bytes]
     leader_log: Path
     fleet_pids: list[int]
-    statuses: Cache[Json]
+    statuses: Cache[PacketCaptureStatus]
     nodes: int
     captures: int
 
@@ -150,30 +219,34 @@ class World:
         fleet = sum(process.cpu_seconds(pid) for pid in self.fleet_pids)
         return process.cpu_seconds(self.api_pid), process.cpu_seconds(self.leader_pid), fleet
 
-    async def phase(self, name: str, work: Callable[[], Awaitable[None]]) -> dict[str, Cell]:
-        """Do the work, and say what it cost."""
+    async def phase(self, name: str, work: Callable[[], Awaitable[None]]) -> tuple[dict[str, Cell], Peak]:
+        """Do the work, and say what it cost; the writes of the busiest second once more as numbers."""
         print(f"{name}…", file=sys.stderr, flush=True)
-        await self.sampler.sample()
+        await self.sampler.sample_at_last()
         start, before = self.sampler.samples[-1][0], self.cpu()
         await work()
         seconds = time.monotonic() - start
-        await self.sampler.sample()
+        await self.sampler.sample_at_last()
         after = self.cpu()
-        written, busiest = self.sampler.between(start, time.monotonic())
+        written = self.sampler.since(start)
+        number = sum(written.by_resource.values())
         api, leader, fleet = (round(end - begin, 1) for begin, end in zip(before, after, strict=True))
-        return {
+        row: dict[str, Cell] = {
             "phase": name,
             "seconds": round(seconds, 1),
-            "writes": sum(written.values()),
-            "writes/s": round(sum(written.values()) / seconds, 1),
-            "busiest second": round(busiest),
+            "writes": number,
+            "refused": sum(written.refused.values()),
+            "writes/s": round(number / seconds, 1),
+            "busiest second": str(written.peak),
             "kube-apiserver CPU s": api,
             "its RSS MiB": process.peak_rss(self.api_pid) >> 20,
             "leader CPU s": leader,
             "leader RSS MiB": process.peak_rss(self.leader_pid) >> 20,
             "agents CPU s": fleet,
-            "by resource": ", ".join(f"{resource} {number}" for resource, number in sorted(written.items())),
+            "by resource": _told(written.by_resource),
+            "refused by resource and code": _told(written.refused) or None,
         }
+        return row, written.peak
 
 
 async def eventually(what: str, condition: Callable[[], bool]) -> None:
@@ -325,7 +398,7 @@ async def world(plane: BareControlPlane, arguments: argparse.Namespace) -> Async
             for number, (first, count, options) in enumerate(shares)
         ]
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
-        statuses = Cache(client, PACKETCAPTURES, lambda document: document.get("status") or {})
+        statuses = Cache(client, PACKETCAPTURES, _status)
         present = Cache(client, CAPTURENODES, lambda document: document["metadata"]["name"], metadata_only=True)
         sampler = Sampler(Api(plane.kubeconfig))
         background = [
@@ -382,25 +455,29 @@ async def measure(plane: BareControlPlane, arguments: argparse.Namespace, outcom
         async def count() -> None:
             await asyncio.sleep(arguments.steady)
 
+        peaks = []
         for name, work in (
             (f"{captures} captures created", create),
             ("counters only", count),
             ("all pods changed", change),
             ("counters only, after", count),
         ):
-            outcome.rows.append(await made.phase(name, work))
-        outcome.goals += goals(outcome.rows, leader_memory=process.peak_rss(made.leader_pid))
+            row, peak = await made.phase(name, work)
+            outcome.rows.append(row)
+            peaks.append(peak)
+        outcome.goals += goals(outcome.rows, peaks, leader_memory=process.peak_rss(made.leader_pid))
 
 
-def goals(rows: list[Mapping[str, Cell]], *, leader_memory: int) -> list[Goal]:
+def goals(rows: Sequence[Mapping[str, Cell]], peaks: Sequence[Peak], *, leader_memory: int) -> list[Goal]:
     """What is promised."""
     found = []
     for row in (rows[0], rows[2]):
         seconds = float(str(row["seconds"]))
         text = f"statuses right in under {_LONGEST_SECONDS:.0f} s ({row['phase']})"
         found.append(Goal(text, f"{seconds} s", seconds < _LONGEST_SECONDS))
-    busiest = max(float(str(row["busiest second"])) for row in rows)
-    found.append(Goal(f"under {_MOST_WRITES} writes in any second", f"{busiest:.0f}", busiest < _MOST_WRITES))
+    peak = Peak(max(peak.at_least for peak in peaks), max(peak.at_most for peak in peaks))
+    reached = peak.at_most < _MOST_WRITES or (None if peak.at_least < _MOST_WRITES else False)
+    found.append(Goal(f"under {_MOST_WRITES} writes in any second", str(peak), reached))
     memory = f"{leader_memory / 1e6:.0f} MB"
     found.append(Goal("leader under 300 MB", memory, leader_memory < _MOST_LEADER_MEMORY))
     return found
@@ -433,6 +510,14 @@ def run(arguments: argparse.Namespace) -> Outcome:
             print(outcome.text(), file=sys.stderr)  # what was measured until then
             raise Failure(str(group.exceptions[0])) from group
     return outcome
+
+
+def _status(document: Json) -> PacketCaptureStatus:
+    return PacketCaptureStatus.model_validate(document.get("status") or {})
+
+
+def _told(numbers: Mapping[str, int]) -> str:
+    return ", ".join(f"{what} {number}" for what, number in sorted(numbers.items()))
 
 
 def _child(name: str) -> int:

@@ -12,9 +12,10 @@ import pytest
 
 from agent.capturer.protocol import State
 from api.capturenode import NodeCapture
+from api.packetcapture import PacketCaptureStatus, Phase
 from hack.benchmarks import capture, engines, process, scale
 from hack.benchmarks.machine import Machine
-from hack.benchmarks.outcome import Goal, Outcome, Spread, table
+from hack.benchmarks.outcome import Cell, Goal, Outcome, Spread, table
 from hack.benchmarks.wire import Counted, Sent, count, wire
 from hack.clusters.failure import Failure
 from tests.agent.world import Capturer
@@ -137,7 +138,7 @@ def test_what_tools_say_at_their_end_is_understood() -> None:
         engines.totals("tcpdump: eth0: no such device", engines.TCPDUMP_TOTALS)
 
 
-def test_writes_are_those_of_kubepcap_that_succeeded() -> None:
+def test_writes_are_those_of_kubepcap_whatever_came_of_them() -> None:
     def line(verb: str, resource: str, subresource: str, code: int, value: float) -> str:
         labels = f'code="{code}",resource="{resource}",subresource="{subresource}",verb="{verb}"'
         return f"apiserver_request_total{{{labels}}} {value}\n"
@@ -151,7 +152,94 @@ def test_writes_are_those_of_kubepcap_that_succeeded() -> None:
         + line("PATCH", "pods", "status", 200, 9)
         + line("GET", "capturenodes", "", 200, 9)
     )
-    assert scale.writes(metrics) == {"capturenodes": 8, "packetcaptures/status": 3}
+    assert scale.writes(metrics) == {
+        ("capturenodes", "200"): 7,
+        ("capturenodes", "201"): 1,
+        ("capturenodes", "504"): 5,
+        ("packetcaptures/status", "200"): 3,
+    }
+
+
+def test_refused_writes_are_writes_and_told_apart() -> None:
+    before = {("capturenodes", "200"): 10, ("capturenodes", "429"): 1}
+    after = {("capturenodes", "200"): 30, ("capturenodes", "429"): 1, ("packetcaptures/status", "504"): 7}
+    written = scale.Written.of([(0.0, before), (1.0, after)])
+    assert written.by_resource == {"capturenodes": 20, "packetcaptures/status": 7}
+    assert written.refused == {"packetcaptures/status 504": 7}
+    assert written.peak == scale.Peak(27, 27)
+
+
+@pytest.mark.parametrize(
+    ("samples", "at_least", "at_most"),
+    [
+        ([(0, 0)], 0, 0),
+        ([(0, 0), (1, 50), (2, 250), (3, 260)], 200, 200),
+        ([(0, 0), (1.25, 250)], 200, 200),
+        ([(0, 0), (0.1, 90)], 90, 90),  # of the rest of that second nothing is known but what the next sample says
+        ([(0, 0), (1, 150), (5, 550), (6, 600)], 150, 400),  # a hole: all 400 may have come in one second
+        ([(0, 0), (1, 250), (5, 450)], 250, 250),
+    ],
+)
+def test_a_second_without_a_sample_hides_no_peak(samples: list[tuple[float, int]], at_least: int, at_most: int) -> None:
+    written = scale.Written.of([(at, {("capturenodes", "200"): number}) for at, number in samples])
+    assert written.peak == scale.Peak(at_least, at_most)
+
+
+@pytest.mark.parametrize(
+    ("peaks", "reached"),
+    [
+        ([scale.Peak(100, 100), scale.Peak(199, 199)], True),
+        ([scale.Peak(200, 200), scale.Peak(10, 10)], False),
+        ([scale.Peak(100, 200), scale.Peak(10, 10)], None),
+        ([scale.Peak(100, 300), scale.Peak(250, 250)], False),
+    ],
+)
+def test_a_goal_is_unknown_where_kube_apiserver_was_silent_for_too_long(
+    peaks: list[scale.Peak], reached: bool | None
+) -> None:
+    rows: list[dict[str, Cell]] = [{"phase": name, "seconds": 1.0} for name in ("create", "count", "change")]
+    goal = next(goal for goal in scale.goals(rows, peaks, leader_memory=1) if "writes" in goal.text)
+    assert goal.reached is reached
+    assert str(goal).startswith({True: "reached", False: "MISSED", None: "UNKNOWN"}[reached])
+
+
+def status(*, phase: Phase = "Capturing", pods: int = 1_000, **conditions: str) -> PacketCaptureStatus:
+    matched = conditions.pop("matched", f"{pods:,} pods match on 500 nodes")
+    said = {"Admitted": "True", "Capturing": "True", "PodsMatched": "True", "Degraded": "False"} | conditions
+    return PacketCaptureStatus.model_validate(
+        {
+            "phase": phase,
+            "pods": pods,
+            "nodes": [{"node": "node-0000", "state": "Capturing"}],
+            "moreNodes": 499,
+            "conditions": [
+                {
+                    "type": kind,
+                    "status": value,
+                    "reason": "R",
+                    "message": matched if kind == "PodsMatched" else "",
+                    "lastTransitionTime": "2026-01-01T00:00:00Z",
+                }
+                for kind, value in said.items()
+            ],
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [
+        (status(), True),
+        (status(pods=999), False),
+        (status(phase="WaitingForTraffic"), False),
+        (status(Degraded="True"), False),
+        (status(PodsMatched="Unknown"), False),
+        (status(matched="999 pods match on 500 nodes"), False),
+        (PacketCaptureStatus(), False),
+    ],
+)
+def test_a_status_is_right_when_its_conditions_are(said: PacketCaptureStatus, right: bool) -> None:
+    assert scale.Right(pods=1_000, nodes=500).fits(said) is right
 
 
 def test_rings_are_told_from_other_memory(tmp_path: Path) -> None:
