@@ -74,6 +74,7 @@ class Agent:
         self._run_ended = Signal()
         self._counted = asyncio.Event()
         self._guarded = asyncio.Event()
+        self._planned = asyncio.Event()
         self._metrics = Metrics()
         self._captures = Cache(
             client,
@@ -171,6 +172,7 @@ class Agent:
                 running=self._places(),
                 paused=self._paused,
             )
+            self._planned.set()
             self._capturer.want(self._plan.targets)
             self._facts_changed.set()
             self._store_changed.set()
@@ -187,6 +189,7 @@ class Agent:
 
     async def _describe(self) -> NoReturn:
         """Keep the report in step with the plan, what the capturer makes of it, and the files."""
+        await self._planned.wait()  # a report without captures would say that their files and packets are gone
         while True:
             await self._facts_changed.wait()
             began = time.monotonic()
@@ -288,12 +291,19 @@ class Agent:
         if decision.paused != self._paused:
             for verdict in decision.paused.verdicts - self._paused.verdicts:
                 log.warning("%s", verdict.message)
+            self._lost(self._running_of(decision.paused))
             self._paused = decision.paused
             self._plan_changed.set()
         if removed:
             self._store_changed.set()
         self._facts_changed.set()
         return decision.allowance
+
+    def _running_of(self, paused: reconcile.Pauses) -> list[TargetStatus]:
+        """The runs that a pause ends."""
+        captures = self._captures.objects.values()
+        new = {each.uid for each in captures if paused.of(each.metadata) and not self._paused.of(each.metadata)}
+        return [run for run in self._capturer.running() if run.target.capture_uid in new]
 
     async def _until_disk_is_due(self, allowance: int) -> None:
         loop = asyncio.get_running_loop()
@@ -339,6 +349,8 @@ class Agent:
     async def _say_farewell(self) -> None:
         """Stop everything and write the records while there is time; the next agent would know less of the files."""
         log.info("stopping all captures")
+        if self._counted.is_set():
+            self._lost([run for run in self._capturer.running() if run.target.id in self._plan.targets])
         self._capturer.want({})
         try:
             async with asyncio.timeout(_FAREWELL_SECONDS):
@@ -373,7 +385,7 @@ class Agent:
     def _lost(self, statuses: Sequence[TargetStatus]) -> None:
         now = datetime.now(UTC)
         for capture_uid in {status.target.capture_uid for status in statuses}:
-            log.warning("capture %s was interrupted: the capturer died", capture_uid)
+            log.warning("capture %s was interrupted", capture_uid)
             self._tally.interrupt(capture_uid, now=now)
             self._metrics.interruptions.inc()
 

@@ -34,6 +34,8 @@ _AT_ONCE: Final = 16
 _FIRST_RETRY: Final = 0.5
 _LONGEST_RETRY: Final = 30.0
 _RECONNECT: Final = 0.1
+_OURS: Final = frozenset({"WriteFailed", "InternalError"})
+"""Reasons of failures that have nothing to do with the pod, whose packets went on to come."""
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +71,8 @@ class Capturer:
     ) -> None:
         """`on_status` is called with all that the capturer tells, `on_end` once for each run, with its last status.
 
-        `on_lost` is called first with all runs that a worker took with it when it died.
+        `on_lost` is called first with runs that ended though they are wanted: those that a worker took with it, and one
+        that failed to write, once it goes on. What came in between is in no file.
         """
         self._socket = socket
         self._on_status = on_status
@@ -163,13 +166,20 @@ class Capturer:
         gone = [old for old in self._statuses.values() if not _same_run(old, present.get(old.target.id))]
         for old in gone:
             del self._statuses[old.target.id]
-        if lost := [old for old in gone if not old.state.ended]:
+        if lost := [old for old in gone if self._is_interrupted(old)]:
             self._on_lost(lost)
         for old in gone:
             self._on_end(old)
         self._known.set()
         for status in reply.targets:
             self._told(status)
+
+    def _is_interrupted(self, run: TargetStatus) -> bool:
+        """Whether a run that is gone should have gone on. A worker that has to end stops its runs well, but unasked."""
+        if not run.state.ended:
+            return True
+        wanted = self._wanted.get(run.target.id) if self._wanted is not None else None
+        return wanted is not None and _same_but_end(wanted, run.target) and _is_ours(run)
 
     def _converge(self, tasks: asyncio.TaskGroup) -> None:
         if self._wanted is None:
@@ -207,7 +217,9 @@ class Capturer:
             for status in reply.targets:
                 self._told(status)
                 if not status.state.ended:
-                    self._failures.pop(target.id, None)
+                    failure = self._failures.pop(target.id, None)
+                    if failure is not None and _is_ours(failure.status):
+                        self._on_lost([failure.status])
         except RefusedError as error:  # it ended just now, or knows another target by this name: stopped, then started
             log.info("starting %s: %s", target.id, error)
             self._refused.add(target.id)
@@ -283,6 +295,12 @@ class Capturer:
             if not future.done():
                 future.set_exception(CapturerError("the capturer went away"))
         self._working.clear()
+
+
+def _is_ours(ended: TargetStatus) -> bool:
+    """Whether the end of a run that is wanted has nothing to do with the pod, whose packets went on to come."""
+    over = ended.target.until is not None and ended.target.until <= time.time()
+    return (ended.state is State.STOPPED and not over) or ended.reason in _OURS
 
 
 def _same_run(one: TargetStatus, other: TargetStatus | None) -> bool:

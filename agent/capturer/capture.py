@@ -66,6 +66,7 @@ class _File:
     created: int
     dump: Dump
     dropped_before: int
+    end: int = FILE_HEADER_BYTES
     packets: int = 0
     last_batch: int = FILE_HEADER_BYTES
     first_packet_at: float | None = None
@@ -193,34 +194,40 @@ class InterfaceCapture:
         poll.register(self._handle.descriptor, select.POLLIN)
         poll.register(self._wake, select.POLLIN)
         woken = self._wake.fileno()
-        emptied = time.monotonic()
+        emptied, waited = time.monotonic(), float("inf")
         earlier = self._bytes
         while not self._stopping:
             more = self._batch()
             self._keep_time()
             if not more and not self._stopping:
                 now, size = time.monotonic(), self._bytes
-                if (pause := rest(size - earlier, now - emptied, ring=self._target.ring_bytes)) > 0:
+                # After a longer wait nobody knows yet how fast they come now.
+                if waited <= _LONGEST_REST_SECONDS and (
+                    pause := rest(size - earlier, now - emptied, ring=self._target.ring_bytes)
+                ):
                     time.sleep(pause)
                 emptied, earlier = now, size
+                waited = -time.monotonic()
                 for descriptor, _ in poll.poll(self._milliseconds_to_wait()):
                     if descriptor == woken:
                         self._wake.clear()
+                waited += time.monotonic()
 
     def _batch(self) -> bool:
         """Write the next waiting packets. Returns whether there may be more."""
-        dump = self._current.dump
-        start = dump.tell()
+        file = self._current
+        dump, start = file.dump, file.end
         wanted = self._most_packets()
         packets = self._handle.dispatch(wanted, dump.pointer)
         if packets:
-            size = dump.tell() - start
+            end = dump.tell()
+            size = end - start
             self._bytes += size + _RING_HEADER_BYTES * packets
             self._mean_size = size // packets
             if self._room_due:
                 self._make_room()
             dump.check()
-            self._place(packets, start)
+            self._place(packets, start, end)
         return packets == wanted
 
     def _most_packets(self) -> int:
@@ -228,13 +235,14 @@ class InterfaceCapture:
         size = min(_BATCH_BYTES, 2 * self._target.max_file_bytes)
         return max(_SMALLEST_BATCH, min(BATCH, size // self._mean_size))
 
-    def _place(self, packets: int, start: int) -> None:
-        """Count the packets that were written from `start` on. Those that have no room in the file begin the next."""
+    def _place(self, packets: int, start: int, end: int) -> None:
+        """Count the packets that were written from `start` to `end`. What the file has no room for begins the next."""
         while packets:
             file = self._current
-            rest = file.dump.split(start) if file.dump.is_over else None
+            rest = file.dump.split(start) if end > self._target.max_file_bytes else None
             kept = packets - rest.packets if rest is not None else packets
             if kept:
+                file.end = file.dump.tell() if rest is not None else end
                 file.packets += kept
                 file.last_batch = start
                 file.first_packet_at = file.first_packet_at or time.monotonic()
@@ -244,11 +252,13 @@ class InterfaceCapture:
                 return
             self._rotate()
             self._current.dump.append(rest)
-            packets, start = rest.packets, FILE_HEADER_BYTES
+            packets, start, end = rest.packets, FILE_HEADER_BYTES, self._current.dump.tell()
 
     def _keep_time(self) -> None:
         """Flush and rotate by age when due."""
         now = time.monotonic()
+        if self._flush_wanted <= self.flushed and now < self._due():
+            return
         answered = self._answerable_flush(now)
         if answered is not None or (self._unflushed and now >= self._last_flush + _FLUSH_SECONDS):
             self._flush()
@@ -277,7 +287,7 @@ class InterfaceCapture:
         return request.number if self._packets >= request.packets or now >= request.until else None
 
     def _milliseconds_to_wait(self) -> float | None:
-        due = min(self._last_flush + _FLUSH_SECONDS if self._unflushed else float("inf"), self._rotation_due())
+        due = self._due()
         if self._flush_request is not None:
             due = min(due, self._flush_request.until)
         elif self._flush_wanted > self.flushed:
@@ -285,6 +295,11 @@ class InterfaceCapture:
         if due == float("inf"):
             return None
         return min(max(0.0, due - time.monotonic()), _LONGEST_WAIT_SECONDS) * 1000 + 1
+
+    def _due(self) -> float:
+        """When to flush or to rotate, though nobody asks for it."""
+        flush = self._last_flush + _FLUSH_SECONDS if self._unflushed else float("inf")
+        return min(flush, self._rotation_due()) if self._target.max_file_age_seconds else flush
 
     def _rotation_due(self) -> float:
         """When the current file is too old. One without packets never is: it would push out one that has some."""
