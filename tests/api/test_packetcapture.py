@@ -73,6 +73,10 @@ SOUND = {"selector": "app == 'x'"}
             "spec: endTime must be after startTime",
         ),
         (
+            {"filters": [{"protocol": "TCP", "ports": list(range(start, start + 60))} for start in range(1, 600, 100)]},
+            "spec: filters name 360 ports and ranges, and at most 256 can be compiled for the kernel: give ranges, or fewer",
+        ),
+        (
             {"rotation": {"maxFileSize": 1000}},
             "spec: rotation.maxFileSize must be at least snapLength + 40 bytes, here 262184",
         ),
