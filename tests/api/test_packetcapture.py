@@ -74,7 +74,8 @@ SOUND = {"selector": "app == 'x'"}
         ),
         (
             {"filters": [{"protocol": "TCP", "ports": list(range(start, start + 60))} for start in range(1, 600, 100)]},
-            "spec: filters name 360 ports and ranges, and at most 256 can be compiled for the kernel: give ranges, or fewer",
+            "spec: filters name 360 ports and ranges, and at most 256 can be compiled for the kernel: "
+            "give ranges, or fewer",
         ),
         (
             {"rotation": {"maxFileSize": 1000}},

@@ -1,14 +1,17 @@
 """A capture says what it sees, what it does not, and why, in its conditions and in Events."""
 
+import json
 import re
 import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from hack.clusters.cluster import Cluster
 from hack.clusters.keeper import entering
 from hack.clusters.kubectl import Kubectl
-from tests.e2e.captures import Capture, capturing, until
+from tests.e2e.captures import Capture, capturing, manifest, refused, until
 
 CATALOGUE = 'app == "productcatalogservice"'
 
@@ -39,8 +42,12 @@ def test_events_tell_each_change_once_and_who_began(kubectl: Kubectl) -> None:
         assert "Started" in described
 
 
-def test_the_loopback_is_captured_on_request_only(kubectl: Kubectl) -> None:
+def test_the_loopback_is_captured_on_request_only_and_where_a_policy_names_it(kubectl: Kubectl) -> None:
+    spec = {"selector": 'app == "netshoot"', "interfaces": ["lo"]}
+    given = manifest("inside", "dev", **spec)
+    assert "interface lo" in refused(kubectl, "apply", "--filename=-", given=given)
     with (
+        _policy(kubectl, "loopback", interfaces={"allowed": ["lo"]}),
         capturing(kubectl, "inside", "dev", selector='app == "netshoot"', interfaces=["lo"]) as inside,
         capturing(kubectl, "outside", "dev", selector='app == "netshoot"') as outside,
     ):
@@ -64,6 +71,16 @@ def test_a_worker_that_is_killed_is_back_and_the_gap_is_told(kubectl: Kubectl, c
         assert files[0]["state"] == "Finished"
         assert until("packets in it", lambda: capture.files()[-1]["packets"])
         assert any(event["reason"] == "Interrupted" for event in _events(kubectl, capture))
+
+
+@contextmanager
+def _policy(kubectl: Kubectl, name: str, **spec: Any) -> Iterator[None]:
+    policy = {"apiVersion": "kubepcap.io/v1", "kind": "CapturePolicy", "metadata": {"name": name}, "spec": spec}
+    kubectl("apply", "--filename=-", input=json.dumps(policy))
+    try:
+        yield
+    finally:
+        kubectl("delete", "capturepolicy", name)
 
 
 def _condition(capture: Capture, kind: str, **values: str) -> dict[str, Any] | None:
