@@ -18,11 +18,12 @@ from hack.clusters.cluster import cache
 
 SUMMARY: Final = "packets, losses and CPU of our capturer, beside tcpdump and dumpcap"
 METHOD: Final = (
-    "A veth pair between two network namespaces; CPU and memory are of the capturing process, user and system, from "
-    "the moment it listens until all is written.\n"
+    "A veth pair between two network namespaces. CPU is of the capturing process, user and system, from the moment it "
+    "listens until it was told to stop and has written all; memory is its peak until then.\n"
     "Sent is what the veth took. Exact: what was written and what was reported as dropped are together what was "
     "sent, and the files hold what was written.\n"
-    "Median (lowest–highest) of the repeats, in which the engines take turns; the ratio is to tcpdump's median."
+    "Median (lowest–highest) of the repeats, in which the engines take turns, another one first each time; the ratio "
+    "is to tcpdump's median."
 )
 
 OURS: Final = "kubepcap"
@@ -117,12 +118,12 @@ def measure(line: Wire, case: Case, engine: str, *, seconds: float, directory: P
             setup = replace(setup, file_bytes=10_000_000, files=4)
         with ENGINES[engine](line, setup) as recording:
             time.sleep(_READY_SECONDS)
-            before = process.cpu_seconds(recording.pid)
+            before = recording.cpu_seconds()
             sent = _send(line, case, seconds)
             time.sleep(_SETTLE_SECONDS)
-            cpu = process.cpu_seconds(recording.pid) - before
             peak = process.peak_rss(recording.pid)
             total = recording.stop()
+            cpu = recording.cpu_seconds() - before
             counted = count(recording.files())
     return Run(
         sent=sent.sent,
@@ -233,8 +234,14 @@ def _interleaved(
 ) -> Iterator[tuple[str, list[Run]]]:
     """The engines take turns, so that what else the machine does meets all of them."""
     runs: dict[str, list[Run]] = {engine: [] for engine in case.engines}
-    for _ in range(repeats):
-        for engine, done in runs.items():
-            os.sync()  # or the next one would pay for this one's writes
-            done.append(measure(line, case, engine, seconds=seconds, directory=directory))
+    for engine in turns(case.engines, repeats=repeats):
+        os.sync()  # or the next one would pay for this one's writes
+        runs[engine].append(measure(line, case, engine, seconds=seconds, directory=directory))
     return iter(runs.items())
+
+
+def turns(names: Sequence[str], *, repeats: int) -> Iterator[str]:
+    """All of them in each repeat, another one first each time: what comes after whom is no part of the result."""
+    for repeat in range(repeats):
+        first = repeat % len(names)
+        yield from (*names[first:], *names[:first])

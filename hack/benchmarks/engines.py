@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from agent.capturer.protocol import State
+from hack.benchmarks import process
 from hack.benchmarks.programs import install
 from hack.benchmarks.wire import FILTER, INTERFACE, Wire
 from hack.clusters.failure import Failure
@@ -46,6 +47,9 @@ class Recording(Protocol):
     @property
     def pid(self) -> int: ...
 
+    def cpu_seconds(self) -> float:
+        """CPU time of the process until now, or until its end."""
+
     def stop(self) -> Total:
         """End it; all files are written and closed then. Raises Failure."""
 
@@ -71,6 +75,9 @@ class _Ours:
         if status.state is not State.CAPTURING:
             raise Failure(f"the capture does not start: {status.reason}: {status.message}")
         self.pid = capturer.worker_pid()
+
+    def cpu_seconds(self) -> float:
+        return process.cpu_seconds(self.pid)  # the worker outlives its captures
 
     def stop(self) -> Total:
         status = self._capturer.stop(self._target)
@@ -110,6 +117,7 @@ class _Tool:
         self._directory = setup.directory
         self._totals = totals
         self._said = setup.directory / "said.log"
+        self._cpu_in_all: float | None = None
         with self._said.open("w") as output:
             self.process = subprocess.Popen(
                 ["ip", "netns", "exec", wire.pod.namespace, *command],
@@ -125,9 +133,12 @@ class _Tool:
                 raise Failure(f"{command[0]} did not start", log=self._said)
             time.sleep(0.01)
 
+    def cpu_seconds(self) -> float:
+        return process.cpu_seconds(self.pid) if self._cpu_in_all is None else self._cpu_in_all
+
     def stop(self) -> Total:
         self.process.send_signal(signal.SIGINT)
-        self.process.wait(_PATIENCE)
+        self._cpu_in_all = process.ended(self.process, timeout=_PATIENCE)
         return totals(self._said.read_text(), self._totals)
 
     def files(self) -> list[Path]:

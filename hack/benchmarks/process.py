@@ -1,6 +1,8 @@
 """What a process has cost so far, as the kernel counts it."""
 
+import os
 import re
+import subprocess
 import time
 from pathlib import Path
 
@@ -11,6 +13,22 @@ def cpu_seconds(pid: int) -> float:
     /proc/PID/stat has the same in ticks of 10 ms, which is too coarse here. Raises OSError when it is gone.
     """
     return time.clock_gettime((~pid << 3) | 2)
+
+
+def ended(process: subprocess.Popen[bytes], *, timeout: float) -> float:
+    """Wait for the end of a process of ours; returns the CPU seconds of its whole life (wait4(2)).
+
+    Raises subprocess.TimeoutExpired.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if pid:
+            process.returncode = os.waitstatus_to_exitcode(status)
+            return usage.ru_utime + usage.ru_stime
+        if time.monotonic() > deadline:
+            raise subprocess.TimeoutExpired(process.args, timeout)
+        time.sleep(0.005)
 
 
 def peak_rss(pid: int) -> int:

@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 
 from hack.benchmarks.machine import Machine
 from hack.benchmarks.outcome import Goal, Outcome, Spread
-from hack.clusters import lifecycle
+from hack.clusters import cgroups, lifecycle
 from hack.clusters.api import Api
 from hack.clusters.cluster import Cluster
 from hack.clusters.failure import Failure
@@ -120,6 +120,16 @@ class Stage:
         uid = self.get_pod(name)["metadata"]["uid"]
         return until(f"a process of pod {name}", lambda: next(_processes_with(uid), None))
 
+    def cgroup_of(self, name: str) -> Path:
+        """The pod's cgroup, in which each container has one: looking there costs little while something is timed."""
+        pid = self.pid_in(name)
+        uid = self.get_pod(name)["metadata"]["uid"]
+        for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if uid in path:
+                return cgroups.ROOT / controllers.removeprefix("name=") / path.removeprefix("/").rpartition("/")[0]
+        raise Failure(f"process {pid} is no more in a cgroup of pod {name}")
+
 
 def measure_apply_and_delete(stage: Stage, number: int) -> None:
     """From apply to the first packet; then from delete to no packet socket in the pod's network namespace."""
@@ -174,7 +184,8 @@ def measure_new_pod(stage: Stage, number: int) -> None:
 
 def measure_debug(stage: Stage, number: int) -> None:
     """From `kubectl debug` to the first packet in the file that tcpdump writes in the ephemeral container."""
-    uid = stage.get_pod("talker")["metadata"]["uid"]
+    containers = stage.cgroup_of("talker")
+    before = set(_names(containers))
     began = time.monotonic()
     debugging = stage.kubectl.start(
         "debug", "talker", f"--namespace={NAMESPACE}", f"--image={IMAGE}", f"--container=debug-{number}",
@@ -182,13 +193,13 @@ def measure_debug(stage: Stage, number: int) -> None:
         "tcpdump", "--immediate-mode", "-U", "-n", "-i", "eth0", "-Z", "root", "-w", _DEBUG_FILE, "icmp",
     )  # fmt: skip
 
-    def first_packet() -> int | None:
-        for pid in _processes_with(uid, program="tcpdump"):
-            if _size(Path(f"/proc/{pid}/root{_DEBUG_FILE}")) > _FILE_HEADER:
-                return pid
-        return None
+    def started() -> int | None:
+        new = [containers / name / "cgroup.procs" for name in _names(containers) if name not in before]
+        return next((pid for group in new for pid in _pids(group) if _program(pid) == "tcpdump"), None)
 
-    tcpdump = until("the debug container's first packet", first_packet)
+    tcpdump = until("the debug container's tcpdump", started)
+    file = Path(f"/proc/{tcpdump}/root{_DEBUG_FILE}")
+    until("the debug container's first packet", lambda: _size(file) > _FILE_HEADER)
     stage.times[DEBUG].append(time.monotonic() - began)
     os.kill(tcpdump, signal.SIGKILL)  # an ephemeral container can't be removed, but ended
     _finish(debugging)
@@ -313,15 +324,28 @@ def _is_ready(document: dict[str, Any]) -> bool:
     return any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
 
 
-def _processes_with(uid: str, *, program: str = "") -> Iterator[int]:
-    """Processes of the pod with this UID, or only those that run this program."""
+def _processes_with(uid: str) -> Iterator[int]:
+    """Processes of the pod with this UID."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                if program and (entry / "comm").read_text().strip() != program:
-                    continue
                 if uid in (entry / "cgroup").read_text():
                     yield int(entry.name)
+
+
+def _pids(group: Path) -> list[int]:
+    """The processes of a cgroup, by its cgroup.procs; none when it is gone."""
+    try:
+        return [int(pid) for pid in group.read_text().split()]
+    except (FileNotFoundError, NotADirectoryError, ProcessLookupError):
+        return []
+
+
+def _program(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def _packet_sockets(pid: int) -> list[str]:

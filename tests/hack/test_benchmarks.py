@@ -4,6 +4,8 @@ Nothing here is timed, and the runs are as small as they can be.
 """
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -52,6 +54,29 @@ def test_every_engine_is_accounted_for_to_the_packet(engine: str, tmp_path: Path
     assert run.is_exact, run
     assert run.cpu > 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_engines_take_turns_at_being_first() -> None:
+    assert list(capture.turns("abc", repeats=4)) == list("abcbcacababc")
+
+
+def test_the_cpu_time_of_a_process_is_of_its_whole_life() -> None:
+    program = """
+import sys, time
+while time.process_time() < 0.2: pass
+print(flush=True)
+sys.stdin.read()
+while time.process_time() < 0.4: pass
+"""
+    started = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with started:
+        assert started.stdin is not None
+        assert started.stdout is not None
+        started.stdout.readline()
+        assert process.cpu_seconds(started.pid) >= 0.2
+        started.stdin.close()
+        assert process.ended(started, timeout=30) >= 0.4
+    assert started.returncode == 0
 
 
 def test_of_rotating_files_the_rest_is_counted(tmp_path: Path) -> None:
