@@ -159,6 +159,7 @@ class CapturePlan:
     """What becomes of one capture on this node: its targets, or a verdict that says why there are none.
 
     Both are there when some of the `matched` pods can be captured and others can't. Neither is when no pod matches.
+    What is held back as a whole matches no pod: nobody waits for one.
     `ending` are the targets whose pods are terminating: that their interface goes is no trouble.
     """
 
@@ -207,15 +208,18 @@ def plan(
             plans[capture.uid] = CapturePlan(capture, verdict=capture.order)
             continue
         order, own = capture.order, by_namespace[capture.metadata.namespace or ""]
+        moments += _moments(order, now)
+        if (held_back := _held_back(order, now)) is not None:
+            order.forget_others(())
+            plans[capture.uid] = CapturePlan(capture, verdict=held_back)
+            continue
         order.forget_others(own.keys())
         matched = [(pod, made) for pod in own.values() if (made := order.of(pod)) is not None]
-        verdict = _held_back(order, now) or paused.of(capture.metadata)
-        if verdict is None:
+        if (pause := paused.of(capture.metadata)) is not None:
+            plans[capture.uid] = CapturePlan(capture, len(matched), verdict=pause)
+        else:
             opted_out = capture.metadata.namespace in namespaces_opted_out
             plans[capture.uid] = _plan_pods(capture, matched, opted_out=opted_out)
-        else:
-            plans[capture.uid] = CapturePlan(capture, len(matched), verdict=verdict)
-        moments += _moments(order, now)
     room.reserve(target for each in plans.values() for target in each.targets)
     plans = {uid: room.admit(each) for uid, each in plans.items()}
     targets = {target.id: target for each in plans.values() for target in each.targets}

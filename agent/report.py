@@ -4,16 +4,18 @@ Every write goes to whoever watches, so what does not matter waits: `pace` decid
 """
 
 import asyncio
+import json
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final, NoReturn
 
 from agent.summary import FILTER_MATCHED_NOTHING
-from api.capturenode import CaptureNodeStatus, Capturer, Disk, NodeCapture
+from api.capturenode import MOST_REPORTS, CaptureNodeStatus, Capturer, Disk, NodeCapture
 from kube.client import CAPTURENODES, NODES, Client, Json
 from kube.status import StatusError
 from kube.watch import Signal
@@ -23,7 +25,8 @@ _WRITES_PER_SECOND: Final = 120
 """What all agents together write at most when all have something to tell; kube-apiserver serves others too."""
 
 _LONGEST_RETRY: Final = 30.0
-_MOST_CAPTURES: Final = 2000
+_LARGEST_BODY: Final = 700_000
+"""Bytes of all reports of captures; etcd takes objects of 1.5 MB."""
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +99,28 @@ def pace(
     return max(0.0, written_at + interval - now)
 
 
+def fitting(captures: Sequence[NodeCapture], *, size: int = _LARGEST_BODY) -> tuple[list[str], int]:
+    """The reports for which there is room in so many bytes, in the order given, and how many captures are left out.
+
+    What runs or is in trouble goes first, and of it one capture of each namespace after the other: whoever makes many
+    captures takes the room from himself.
+    """
+    turns: Counter[tuple[bool, str]] = Counter()
+    ranked = []
+    for position, capture in enumerate(captures):
+        idle = capture.state in ("Scheduled", "Finished")
+        ranked.append((idle, turns[idle, capture.namespace], position))
+        turns[idle, capture.namespace] += 1
+    chosen: dict[int, str] = {}
+    for _, _, position in sorted(ranked)[:MOST_REPORTS]:
+        report = captures[position].written()
+        size -= len(json.dumps(report, ensure_ascii=False).encode()) + 1
+        if size < 0:
+            break
+        chosen[position] = report
+    return [chosen[position] for position in sorted(chosen)], len(captures) - len(chosen)
+
+
 class Reporter:
     """Owns the CaptureNode of this node."""
 
@@ -118,7 +143,7 @@ class Reporter:
         self._intervals = intervals
         self._on_write = on_write
         self._clock = clock
-        self._current = Facts()
+        self._current: Facts | None = None
         self._agents = 0
         self._changed = Signal()
         self._owner: Json | None = None
@@ -133,10 +158,8 @@ class Reporter:
     ) -> None:
         """Report this from now on; when it is written, `run` decides. `agents` is how many there are in the cluster."""
         self._agents = agents
-        if len(captures) > _MOST_CAPTURES:
-            log.warning("%d captures concern this node, %d are reported", len(captures), _MOST_CAPTURES)
         ordered = sorted(captures, key=lambda capture: (capture.namespace, capture.name, capture.uid))
-        facts = Facts(tuple(ordered[:_MOST_CAPTURES]), disk, capturer)
+        facts = Facts(tuple(ordered), disk, capturer)
         if facts != self._current:
             self._current = facts
             self._changed.set()
@@ -149,6 +172,9 @@ class Reporter:
         retry = 1.0
         while True:
             facts = self._current
+            if facts is None:  # an empty report would say that nothing is captured here
+                await self._changed.wait()
+                continue
             unchanged = written is not None and written.states == facts.states
             changed_at = float("inf") if unchanged else min(changed_at, self._clock())
             wait = pace(
@@ -181,13 +207,17 @@ class Reporter:
             node = await self._client.get(NODES, self._node)
             # Garbage collection then removes the object together with its Node.
             self._owner = {"apiVersion": "v1", "kind": "Node", "name": self._node, "uid": node["metadata"]["uid"]}
+        reports, omitted = fitting(facts.captures)
+        if omitted:
+            log.warning("%d captures concern this node, %d are reported", len(facts.captures), len(reports))
         status = CaptureNodeStatus(
             heartbeat_time=datetime.now(UTC),
             pod=self._pod,
             version=self._version,
             disk=facts.disk,
             capturer=facts.capturer,
-            reports=[capture.written() for capture in facts.captures],
+            reports=reports,
+            omitted=omitted,
         )
         body: dict[str, Any] = {
             "apiVersion": CAPTURENODES.api_version,

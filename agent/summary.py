@@ -23,10 +23,13 @@ class Files:
 def summarize(
     plan: CapturePlan, *, status: Callable[[str], TargetStatus | None], counters: Counters, files: Files
 ) -> NodeCapture | None:
-    """The capture as seen from this node; None when it does not concern it: no pod of it here, and no file."""
-    if not plan.matched and not files.count:
-        return None
+    """The capture as seen from this node; None when it does not concern it: nothing to capture here, and no file.
+
+    What is held back matches no pod. So captures that wait for their turn, however many, cost no room in the report.
+    """
     count = counters.total
+    if not plan.matched and not files.count and not count.packets and not counters.interruptions:
+        return None
     statuses = [known for target in plan.targets if (known := status(target.id)) is not None]
     verdict = _verdict(plan, statuses, count)
     metadata = plan.capture.metadata

@@ -200,6 +200,16 @@ def test_a_capture_that_is_held_back_takes_nothing_and_says_why(
     assert verdict is not None
     assert (verdict.state, verdict.reason) == (state, reason)
     assert verdict.message
+    assert only(made).matched == 0
+
+
+def test_a_capture_that_is_over_does_not_look_at_pods_any_more() -> None:
+    over = capture()
+    plan(over)
+    assert isinstance(over.order, reconcile.Order)
+    assert over.order.known
+    plan(over, now=CREATED + timedelta(hours=1))
+    assert not over.order.known
 
 
 def test_a_changed_spec_without_a_new_stamp_takes_nothing() -> None:

@@ -1,8 +1,12 @@
 """When the node's object is written, with a clock of the test's."""
 
+import asyncio
+import json
+from typing import Any
+
 import pytest
 
-from agent.report import Facts, Intervals, Spread, pace
+from agent.report import Facts, Intervals, Reporter, Spread, fitting, pace
 from api.capturenode import Disk, NodeCapture
 
 INTERVALS = Intervals(states=1, counters=10, heartbeat=30)
@@ -84,3 +88,66 @@ def test_agents_that_all_have_something_to_tell_share_the_time() -> None:
 
 def test_two_agents_hardly_wait_for_each_other() -> None:
     assert Spread.of(2, share=1.0).seconds < 0.1
+
+
+def many(namespace: str, count: int, *, state: str = "Capturing", **said: object) -> list[NodeCapture]:
+    about = {"namespace": namespace, "state": state, "message": "m" * 500}
+    names = [f"{state.lower()}-{number:04}" for number in range(count)]
+    return [NodeCapture.model_validate(about | said | {"name": name, "uid": f"{namespace}-{name}"}) for name in names]
+
+
+def reported(captures: list[NodeCapture], **limits: int) -> tuple[list[str], int]:
+    reports, omitted = fitting(captures, **limits)
+    return [NodeCapture.read(report).uid for report in reports], omitted
+
+
+def test_reports_for_which_there_is_room_keep_their_order() -> None:
+    captures = many("b", 3) + many("a", 2, state="Finished")
+    assert reported(captures) == ([capture.uid for capture in captures], 0)
+
+
+def test_however_many_captures_there_are_etcd_takes_what_is_reported_of_them() -> None:
+    reports, omitted = fitting(many("a", 5000, message="é" * 512))
+    assert len(json.dumps(reports, ensure_ascii=False).encode()) < 750_000
+    assert omitted == 5000 - len(reports) > 0
+    assert len(fitting(many("a", 5000, message=""))[0]) <= 2000, "so many the CustomResourceDefinition takes"
+
+
+def test_what_runs_goes_before_what_is_over() -> None:
+    captures = many("a", 10, state="Finished") + many("b", 10) + many("c", 10, state="Error")
+    room = sum(len(json.dumps(capture.written())) + 1 for capture in captures[10:])
+    assert reported(captures, size=room) == ([capture.uid for capture in captures[10:]], 10)
+
+
+def test_who_makes_many_captures_takes_the_room_from_himself() -> None:
+    uids, omitted = reported(many("crowd", 1000) + many("small", 3), size=20_000)
+    assert [uid for uid in uids if uid.startswith("small")] == [capture.uid for capture in many("small", 3)]
+    assert omitted > 900
+
+
+class Listening:
+    """kube-apiserver, which keeps what is applied."""
+
+    def __init__(self) -> None:
+        self.applied: list[dict[str, Any]] = []
+
+    async def get(self, *_: object) -> dict[str, Any]:
+        return {"metadata": {"uid": "node-uid"}}
+
+    async def apply(self, _: object, __: str, body: dict[str, Any], **___: object) -> None:
+        self.applied.append(body["status"])
+
+
+async def test_nothing_is_written_before_it_is_known_what_is_captured() -> None:
+    server: Any = Listening()
+    written = asyncio.Event()
+    reporter = Reporter(server, node="n", pod="p", version="v", intervals=INTERVALS, on_write=lambda _: written.set())
+    running = asyncio.create_task(reporter.run())
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert server.applied == []
+    reporter.update(WRITTEN.captures)
+    async with asyncio.timeout(10):
+        await written.wait()
+    running.cancel()
+    assert [status["reports"] for status in server.applied] == [[WRITTEN.captures[0].written()]]

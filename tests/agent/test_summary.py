@@ -3,7 +3,7 @@
 import pytest
 
 from agent.capturer.protocol import InterfaceStatus, State, TargetStatus
-from agent.reconcile import CapturePlan, Verdict
+from agent.reconcile import Capture, CapturePlan, Verdict
 from agent.summary import Files, summarize
 from agent.tally import Count, Counters
 from api.capturenode import NodeCapture
@@ -33,6 +33,22 @@ def summary(
 def test_a_capture_without_pods_and_files_here_is_not_reported() -> None:
     nothing = only(plan(CAPTURE, pods=[]))
     assert summarize(nothing, status=lambda _: None, counters=Counters(), files=Files()) is None
+
+
+@pytest.mark.parametrize(
+    "held_back",
+    [capture(conditions=[]), capture({"suspend": True}), capture({"endTime": "2026-12-01T10:05:00Z"})],
+    ids=["not admitted yet", "suspended", "over"],
+)
+def test_a_capture_that_is_held_back_is_reported_only_with_what_it_left(held_back: Capture) -> None:
+    waiting = only(plan(held_back))
+    assert summarize(waiting, status=lambda _: None, counters=Counters(), files=Files()) is None
+    for counters, files in (
+        (Counters(), Files(1, 10)),
+        (Counters(earlier=Count(5)), Files()),
+        (Counters(interruptions=1), Files()),
+    ):
+        assert summarize(waiting, status=lambda _: None, counters=counters, files=files) is not None
 
 
 def test_a_capture_whose_pods_left_is_reported_as_long_as_its_files_are_here() -> None:

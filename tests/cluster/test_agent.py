@@ -194,7 +194,14 @@ class World:
             return body
 
     async def files(self, uid: str) -> list[Json]:
-        listed: list[Json] = json.loads(await self.ask(f"{uid}/files"))["items"]
+        """Asked until the agent has its certificate."""
+
+        async def answered() -> bytes | None:
+            with suppress(aiohttp.ClientConnectionError):
+                return await self.ask(f"{uid}/files")
+            return None
+
+        listed: list[Json] = json.loads(await eventually(answered))["items"]
         return listed
 
     async def send(self, count: int) -> None:
@@ -345,9 +352,11 @@ async def test_a_capture_that_no_one_stamped_or_admitted_takes_nothing(cluster: 
     await cluster.create_pod(labels={"app": "web"})
     unstamped = await cluster.create_capture("unstamped", stamped=False)
     waiting = await cluster.create_capture("waiting", admitted=False)
-    await cluster.reported_as(waiting, "Scheduled", "NotAdmittedYet")
+    admitted = await cluster.create_capture("admitted")
+    await cluster.waits(admitted)
+    assert await cluster.reported(waiting) is None
     assert await cluster.files(unstamped) == await cluster.files(waiting) == []
-    assert cluster.capturer.report() == ()
+    assert {status.target.capture_uid for status in cluster.capturer.report()} == {admitted}
 
 
 async def test_suspending_and_the_end_time_stop_a_capture_and_keep_its_files(cluster: World) -> None:
