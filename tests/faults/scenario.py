@@ -102,8 +102,8 @@ class Round:
     def _capturing_interrupted(self) -> list[str]:
         """One gap, from a flush before the kill to the restart; status tells of it."""
         found = []
-        if not self.said.interruptions or self.said.interrupted_at is None:
-            found.append("status tells of no interruption")
+        if self.said.interruptions != 1 or self.said.interrupted_at is None:
+            found.append(f"status tells of {self.said.interruptions} interruptions, there was one")
         earliest, latest = self._may_be_lost
         outside = [(first, last) for first, last in self._gaps() if first < earliest or last > latest]
         if _length(outside) > self.said.dropped:

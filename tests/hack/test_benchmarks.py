@@ -312,6 +312,7 @@ def counted(*missing: tuple[int, int], lowest: int = 0, highest: int = 599_999) 
         (Victim.AGENT, NOTHING, 600_000, 0, False),
         (Victim.WORKER, counted((110_000, 220_000)), 0, 1, True),
         (Victim.WORKER, counted((110_000, 220_000)), 0, 0, False),
+        (Victim.WORKER, counted((110_000, 220_000)), 0, 2, False),
         (Victim.WORKER, counted((40_000, 220_000)), 0, 1, False),  # more than a flush before the kill
         (Victim.WORKER, counted((110_000, 590_000)), 0, 1, False),  # back too late
         (Victim.WORKER, counted((110_000, 220_000), (300_000, 300_009)), 10, 1, True),
