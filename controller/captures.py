@@ -207,6 +207,7 @@ class Captures:
             if uid in cached and _version(cached[uid]) < _version(written)
         }
         self._written_at = {uid: moment for uid, moment in self._written_at.items() if uid in cached}
+        self._reports.retain(cached.keys())
         return cached | self._written
 
     async def _attend(self, capture: Known, now: datetime) -> list[datetime]:
@@ -220,7 +221,14 @@ class Captures:
         if going is not None and going <= now:
             await self._delete(capture)
             return []
-        status = summarize(capture, admission, self._reports.of(metadata), agents=self._reports.agents, now=now)
+        status = summarize(
+            capture,
+            admission,
+            self._reports.of(metadata),
+            agents=self._reports.agents,
+            gone=self._reports.gone(metadata, capture.status.nodes),
+            now=now,
+        )
         settles = settles_at(capture.status, admission, agents=self._reports.agents, now=now)
         moments = [capture.spec.start_time, admission.ends, going, settles]
         return [moment for moment in moments if moment is not None] + await self._write(capture, status, now)

@@ -4,7 +4,7 @@ Messages name counts and nodes, the worst first and few of them: a capture may b
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,19 +37,22 @@ def pods_matched(nodes: Sequence[Said], *, agents: int, settled: bool, namespace
     return Finding("False", "NoPodMatches", no_pod_matches(namespace))
 
 
-def complete(nodes: Sequence[Said], previous: Condition | None, *, max_files: int) -> Finding:
-    """Whether every packet that passed the filter is in a file. What was lost stays lost, whatever comes later."""
-    losses = _losses(nodes)
+def complete(nodes: Sequence[Said], previous: Condition | None, *, gone: Collection[str], max_files: int) -> Finding:
+    """Whether every packet that passed the filter is in a file. What was lost stays lost, whatever comes later.
+
+    `gone` are nodes that are no more and that had packets. Where a node is in trouble or silent nobody knows.
+    """
+    losses = _losses(nodes, gone)
     if losses:
         return Finding("False", losses[0][0], "; ".join(told for _, told in losses))
-    if previous is not None and (previous.status == "False" or not any(node.packets for node in nodes)):
+    if previous is not None and previous.status == "False":
         return Finding(previous.status, previous.reason, previous.message)
-    if any(node.packets for node in nodes):
-        kept = counted(max_files, "file")
-        return Finding(
-            "True", "AllPacketsKept", f"no packet was lost; rotation keeps the newest {kept} of each interface"
-        )
-    return Finding("Unknown", "NoPacketYet", "no packet has been captured yet")
+    if not any(node.packets for node in nodes) and (previous is None or previous.status != "True"):
+        return Finding("Unknown", "NoPacketYet", "no packet has been captured yet")
+    if troubled := [node for node in nodes if node.troubled]:
+        return Finding("Unknown", "NodesInTrouble", f"it is not known what was lost {told(troubled)}")
+    kept = counted(max_files, "file")
+    return Finding("True", "AllPacketsKept", f"no packet was lost; rotation keeps the newest {kept} of each interface")
 
 
 def disk_pressure(nodes: Sequence[Said]) -> Finding:
@@ -85,6 +88,7 @@ def no_pod_matches(namespace: str | None) -> str:
     return f"no pod in namespace {namespace} that the selector matches runs now; those that come later are captured"
 
 
+NOT_RUNNING = Finding("False", "NotRunning", "it is not to capture anything now")
 NO_AGENT = "no agent has reported: see the DaemonSet kubepcap-agent and its pods"
 STARTING = "the nodes' agents are about to begin"
 
@@ -99,9 +103,13 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def _losses(nodes: Sequence[Said]) -> list[tuple[str, str]]:
-    """What was lost, as reason and message, the worst first: whole files, then whole times, then counted packets."""
+def _losses(nodes: Sequence[Said], gone: Collection[str]) -> list[tuple[str, str]]:
+    """What was lost, as reason and message, the worst first: whole nodes, files, times, then counted packets."""
     losses = []
+    if gone:
+        first, more = min(gone), len(gone) - 1
+        named = f"node {first} and {counted(more, 'more node')}" if more else f"node {first}"
+        losses.append(("NodeGone", f"{named} no longer {'exist' if more else 'exists'}, and what was captured there"))
     if evicting := [node for node in nodes if node.evicted]:
         count = sum(node.evicted for node in evicting)
         verb = "was" if count == 1 else "were"
@@ -113,8 +121,8 @@ def _losses(nodes: Sequence[Said]) -> list[tuple[str, str]]:
         losses.append(
             (
                 "Interrupted",
-                f"the capturer died {counted(count, 'time')} {on(interrupted)}: "
-                "what came until it was back is in no file",
+                f"capturing was interrupted {counted(count, 'time')} {on(interrupted)}: "
+                "what came until it went on is in no file",
             )
         )
     if dropping := [node for node in nodes if node.dropped]:

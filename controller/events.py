@@ -121,9 +121,9 @@ def _entered(before: PacketCaptureStatus, after: PacketCaptureStatus, kind: str,
 
 
 def _left(before: PacketCaptureStatus, after: PacketCaptureStatus, kind: str, status: str) -> Condition | None:
-    """The condition when it no longer has this status."""
+    """The condition when it no longer has this status, but for a capture that has stopped."""
     old, new = before.condition(kind), after.condition(kind)
-    if old is None or new is None or old.status != status or new.status == status:
+    if old is None or new is None or old.status != status or new.status == status or new.reason == "NotRunning":
         return None
     return new
 

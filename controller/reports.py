@@ -6,7 +6,7 @@ each report says which captures it changed, and whether in state or merely in nu
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from api.capturenode import CaptureNode, NodeCapture
 from api.object import Model, ObjectMeta, format_timestamp
-from api.packetcapture import Phase
+from api.packetcapture import NodeSummary, Phase
 
 _log = logging.getLogger(__name__)
 
@@ -162,6 +162,7 @@ class Reports:
         self._silent: set[str] = set()
         self._unreadable: set[str] = set()
         self._foreign: set[tuple[str, str]] = set()
+        self._gone: defaultdict[str, set[str]] = defaultdict(set)
         self._by_capture: defaultdict[str, dict[str, Said]] = defaultdict(dict)
 
     @property
@@ -208,6 +209,9 @@ class Reports:
         """There is no such node any more."""
         changed = Changed()
         if (before := self._nodes.pop(node, None)) is not None:
+            for uid, said in before.captures.items():
+                if said.packets:
+                    self._gone[uid].add(node)
             self._forget(node, before.captures.keys(), changed)
         self._heard.pop(node, None)
         self._silent.discard(node)
@@ -236,6 +240,16 @@ class Reports:
                 self._foreign.add((node, capture.uid))
                 _log.warning("node %s reports %s/%s under the UID of another capture", node, one.namespace, one.name)
         return said
+
+    def gone(self, capture: ObjectMeta, written: Iterable[NodeSummary]) -> set[str]:
+        """Nodes that are no more and had packets of the capture, by what we heard or what is `written` of it."""
+        named = {node.node for node in written if node.packets} | self._gone.get(capture.uid, set())
+        return named - self._nodes.keys()
+
+    def retain(self, uids: Collection[str]) -> None:
+        """Forget what concerns no capture of these."""
+        for uid in self._gone.keys() - uids:
+            del self._gone[uid]
 
     @property
     def foreign(self) -> int:

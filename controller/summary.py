@@ -1,6 +1,6 @@
 """What the status of a capture says: one account of what all nodes report, and why nothing comes when nothing does."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -34,13 +34,18 @@ def summarize(
     nodes: Sequence[Said],
     *,
     agents: int,
+    gone: Collection[str] = (),
     now: datetime,
 ) -> PacketCaptureStatus:
-    """The status as it should be now; `agents` is the number of nodes whose agent speaks."""
+    """The status as it should be now.
+
+    `agents` is the number of nodes whose agent speaks, `gone` are nodes that are no more and had packets of it.
+    """
     nodes = sorted(nodes, key=_troubled_first)
     admitted = Finding("True" if admission.admitted else "False", admission.reason, admission.message)
     settles = settles_at(capture.status, admission, agents=agents, now=now)
     settled = settles is None or settles <= now
+    running = _is_running(capture, admission, now)
     state = _state(capture, admission, nodes, agents=agents, settled=settled, now=now)
     findings = {
         "Admitted": admitted,
@@ -48,13 +53,16 @@ def summarize(
         "PodsMatched": conditions.pods_matched(
             nodes, agents=agents, settled=settled, namespace=capture.metadata.namespace
         )
-        if admission.is_obeyable
-        else Finding("Unknown", admission.reason, admission.message),
+        if running
+        else _frozen(capture.status.condition("PodsMatched"), state),
         "Complete": conditions.complete(
-            nodes, capture.status.condition("Complete"), max_files=capture.spec.rotation.max_files
+            nodes,
+            capture.status.condition("Complete"),
+            gone=gone,
+            max_files=capture.spec.rotation.max_files,
         ),
-        "DiskPressure": conditions.disk_pressure(nodes),
-        "Degraded": conditions.degraded(nodes),
+        "DiskPressure": conditions.disk_pressure(nodes) if running else conditions.NOT_RUNNING,
+        "Degraded": conditions.degraded(nodes) if running else conditions.NOT_RUNNING,
     }
     return PacketCaptureStatus(
         phase=state.phase,
@@ -126,6 +134,19 @@ def _state(
     if start is not None and start > now:
         return _State("Scheduled", "BeforeStartTime", f"it starts at {format_timestamp(start)}")
     return _running(capture, nodes, agents=agents, settled=settled)
+
+
+def _is_running(capture: PacketCapture, admission: Admission, now: datetime) -> bool:
+    """Whether it is to capture now. Else what nodes can't do is no trouble of it."""
+    start = capture.spec.start_time
+    return admission.admitted and not admission.has_ended(now) and (start is None or start <= now)
+
+
+def _frozen(previous: Condition | None, state: _State) -> Finding:
+    """What was found last stays while nobody looks."""
+    if previous is not None and previous.status != "Unknown":
+        return Finding(previous.status, previous.reason, previous.message)
+    return Finding("Unknown", state.reason, state.message)
 
 
 def _running(capture: PacketCapture, nodes: Sequence[Said], *, agents: int, settled: bool) -> _State:

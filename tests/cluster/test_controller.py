@@ -493,6 +493,8 @@ async def test_each_change_is_told_once_whatever_the_number_of_nodes(world: Worl
     assert "on node teller-0 and 2 more nodes: 90 MB are free" in described.stdout
     for name in names:
         await world.client.delete(CAPTURENODES, name)
+    lost = await world.becomes("told", "NodeGone", "Complete")
+    assert lost.status.nodes == []
 
 
 async def test_a_capture_that_is_over_runs_again_when_its_end_is_moved(world: World) -> None:

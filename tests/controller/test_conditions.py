@@ -40,6 +40,10 @@ def test_pods_matched(said: list[Json], agents: int, settled: bool, expected: tu
     assert expected[2] in found.message
 
 
+def completed(said: list[Said], previous: Condition | None = None, *, gone: tuple[str, ...] = ()) -> Finding:
+    return complete(said, previous, gone=gone, max_files=2)
+
+
 LOST = {"packets": 9, "dropped": 5000}
 DIED = {"packets": 9, "interruptions": 2}
 EVICTED = {"packets": 9, "evicted": 1}
@@ -52,28 +56,58 @@ EVICTED = {"packets": 9, "evicted": 1}
         ([{"packets": 1}], ("True", "AllPacketsKept", "rotation keeps the newest 2 files of each interface")),
         ([LOST], ("False", "PacketsDropped", "5,000 packets were lost on node n0: a narrower filter")),
         ([LOST, LOST, LOST], ("False", "PacketsDropped", "15,000 packets were lost on node n0 and 2 more nodes:")),
-        ([{}, DIED], ("False", "Interrupted", "the capturer died 2 times on node n1: what came")),
+        ([{}, DIED], ("False", "Interrupted", "capturing was interrupted 2 times on node n1: what came")),
         ([EVICTED], ("False", "FilesEvicted", "1 file was removed to keep the disk's limits on node n0")),
-        ([LOST, DIED, EVICTED], ("False", "FilesEvicted", "on node n2; the capturer died 2 times on node n1")),
+        ([LOST, DIED, EVICTED], ("False", "FilesEvicted", "on node n2; capturing was interrupted 2 times on node n1")),
         ([LOST, DIED], ("False", "Interrupted", "is in no file; 5,000 packets were lost on node n0")),
     ],
 )
 def test_complete(said: list[Json], expected: tuple[str, str, str]) -> None:
-    found = complete(nodes(*said), None, max_files=2)
+    found = completed(nodes(*said))
     assert (found.status, found.reason) == expected[:2]
     assert expected[2] in found.message
 
 
 def test_what_was_lost_stays_lost_when_nobody_counts_it_any_more() -> None:
-    lost = complete(nodes(LOST), None, max_files=2)
-    assert complete(nodes({"packets": 9}), condition(lost), max_files=2) == lost
-    assert complete([], condition(lost), max_files=2) == lost
+    lost = completed(nodes(LOST))
+    assert completed(nodes({"packets": 9}), condition(lost)) == lost
+    assert completed([], condition(lost)) == lost
 
 
 def test_that_nothing_was_lost_stays_so_when_the_nodes_are_gone() -> None:
-    whole = complete(nodes({"packets": 9}), None, max_files=2)
-    assert complete([], condition(whole), max_files=2) == whole
-    assert complete(nodes(LOST), condition(whole), max_files=2).reason == "PacketsDropped"
+    whole = completed(nodes({"packets": 9}))
+    assert completed([], condition(whole)) == whole
+    assert completed(nodes(LOST), condition(whole)).reason == "PacketsDropped"
+
+
+@pytest.mark.parametrize(
+    ("gone", "words"),
+    [
+        (("n8",), "node n8 no longer exists, and what was captured there"),
+        (("n9", "n8", "n7"), "node n7 and 2 more nodes no longer exist, and"),
+    ],
+)
+def test_what_was_captured_on_a_node_that_is_gone_is_lost(gone: tuple[str, ...], words: str) -> None:
+    whole = condition(completed(nodes({"packets": 9})))
+    found = completed(nodes({"packets": 9}), whole, gone=gone)
+    assert (found.status, found.reason) == ("False", "NodeGone")
+    assert found.message.startswith(words)
+    assert completed(nodes({"packets": 9}), condition(found)) == found
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        {"state": "Error", "reason": "DiskPressure", "message": "no room"},
+        {"state": "Error", "reason": "AgentSilent", "message": "no room"},
+        {"state": "Capturing", "reason": "WriteFailed", "message": "no room"},
+    ],
+)
+def test_while_a_node_is_in_trouble_nobody_says_that_nothing_was_lost(trouble: Json) -> None:
+    whole = condition(completed(nodes({"packets": 9})))
+    found = completed(nodes({"packets": 9}, trouble | {"packets": 9}), whole)
+    assert found == Finding("Unknown", "NodesInTrouble", "it is not known what was lost on node n1: no room")
+    assert completed(nodes({"packets": 9}, {"packets": 9}), condition(found)).status == "True"
 
 
 FULL = {"state": "Error", "reason": "DiskPressure", "message": "90 MB are free and 100 MB must be"}

@@ -162,3 +162,16 @@ def test_what_has_a_captures_uid_but_not_its_name_is_of_no_use_and_counted() -> 
     assert [reports.foreign for _ in range(2) if of(reports)] == [2, 2]
     reports.remove("a")
     assert reports.foreign == 1
+
+
+def test_a_node_that_is_gone_with_packets_is_remembered_as_long_as_the_capture_is_there() -> None:
+    reports = Reports()
+    web = ObjectMeta(namespace="dev", name="web", uid="uid-web")
+    put(reports, "a", {"packets": 5})
+    put(reports, "b", {})
+    reports.remove("a")
+    reports.remove("b")
+    reports.retain(["uid-web"])
+    assert reports.gone(web, []) == {"a"}
+    reports.retain([])
+    assert reports.gone(web, []) == set()

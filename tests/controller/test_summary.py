@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from api.packetcapture import PacketCapture, PacketCaptureStatus
+from controller.events import transitions
 from controller.quota import admit
 from controller.reports import NodeReport, Reports
 from controller.summary import LONGEST_LIST, headline, outline, settles_at, summarize, unreadable, without_numbers
@@ -263,14 +264,17 @@ def test_all_that_can_be_said_of_a_capture_that_runs_well() -> None:
             capture("web", policy=None),
             {"PodsMatched": ("Unknown", "NotStamped"), "Complete": ("Unknown", "NoPacketYet")},
         ),
-        (capture("web", suspend=True), {"PodsMatched": ("True", "PodsMatch"), "Capturing": ("False", "Suspended")}),
+        (
+            capture("web", suspend=True),
+            {"PodsMatched": ("Unknown", "Suspended"), "Capturing": ("False", "Suspended")},
+        ),
         (
             capture("web", startTime="2030-01-01T10:00:00Z"),
-            {"PodsMatched": ("True", "PodsMatch"), "Capturing": ("False", "BeforeStartTime")},
+            {"PodsMatched": ("Unknown", "BeforeStartTime"), "Capturing": ("False", "BeforeStartTime")},
         ),
         (
             capture("web", endTime="2029-12-31T00:00:00Z"),
-            {"PodsMatched": ("True", "PodsMatch"), "Capturing": ("False", "Ended")},
+            {"PodsMatched": ("Unknown", "Ended"), "Capturing": ("False", "Ended")},
         ),
     ],
     ids=["not stamped", "suspended", "starts later", "over"],
@@ -278,10 +282,37 @@ def test_all_that_can_be_said_of_a_capture_that_runs_well() -> None:
 def test_all_that_can_be_said_of_a_capture_that_does_not_run(
     one: PacketCapture, expected: dict[str, tuple[str, str]]
 ) -> None:
-    given = reasons(status(one, node("n", {"state": "Scheduled", "reason": "Suspended", "matched": 1})))
+    given = reasons(status(one, node("n", {"state": "Error", "reason": "DiskPressure", "matched": 1})))
     assert {kind: given[kind] for kind in expected} == expected
-    assert given["DiskPressure"] == ("False", "DiskHasRoom")
-    assert given["Degraded"] == ("False", "AsExpected")
+    assert given["DiskPressure"] == ("False", "NotRunning")
+    assert given["Degraded"] == ("False", "NotRunning")
+
+
+def test_a_capture_that_stopped_keeps_what_was_found_of_its_pods() -> None:
+    running = status(capture("web"), node("n", {"pods": 1, "matched": 1, "packets": 5}))
+    over = status(
+        capture("web", status=running.to_json()), node("n", {"packets": 5}, heard=after(hours=2)), now=after(hours=2)
+    )
+    assert over.phase == "Finished"
+    assert told(over, "PodsMatched") == told(running, "PodsMatched")
+
+
+def test_that_a_silent_nodes_capture_is_suspended_is_no_recovery() -> None:
+    silent = {"state": "Error", "reason": "DiskPressure", "packets": 5}
+    degraded = status(capture("web"), node("n", silent))
+    suspended = status(capture("web", status=degraded.to_json(), suspend=True), node("n", silent))
+    assert reasons(degraded)["Degraded"] == ("True", "DiskPressure")
+    assert [one.reason for one in transitions(degraded, suspended, started_by="u")] == ["Suspended"]
+
+
+def test_packets_of_a_node_that_is_gone_are_missed_by_whoever_leads() -> None:
+    before = status(capture("web"), node("a", {"pods": 1, "packets": 5}), node("b", {"pods": 1}))
+    one = capture("web", status=before.to_json())
+    later = Reports()
+    later.put(node("b", {"pods": 1}), START)
+    assert later.gone(one.metadata, before.nodes) == {"a"}
+    later.put(node("a"), START)
+    assert later.gone(one.metadata, before.nodes) == set()
 
 
 LATER = {"endTime": "2030-01-01T00:50:00Z"}
