@@ -26,8 +26,14 @@ BURST = 25
 """Events of one capture that may come together, and"""
 REFILL = 300.0
 """seconds after which one more may come, as with client-go's spam filter."""
+BURST_OF_ALL = 200
+"""Events of all captures that may come together, and"""
+REFILL_OF_ALL = 0.2
+"""seconds after which one more may come: what one node says may concern all captures."""
 _LONGEST_QUEUE = 1000
 _LONGEST_NOTE = 1024
+_LONGEST_REASON = 128
+"""Bytes of UTF-8, as kube-apiserver counts them."""
 _LONGEST_NAME = 253
 
 _UNREADY = {"SpecUnreadable", "NotStamped", "StampUnreadable", "StampForeign", "StampOutdated"}
@@ -141,9 +147,9 @@ def event(regarding: ObjectMeta, told: Transition, *, instance: str, now: dateti
         },
         "eventTime": f"{format_timestamp(now)[:-1]}.{now.microsecond:06d}Z",
         "type": told.type,
-        "reason": told.reason,
+        "reason": _cut(told.reason, _LONGEST_REASON),
         "action": told.action,
-        "note": told.note if len(told.note) <= _LONGEST_NOTE else f"{told.note[: _LONGEST_NOTE - 1]}…",
+        "note": _cut(told.note, _LONGEST_NOTE),
         "reportingController": CONTROLLER,
         "reportingInstance": instance,
         "regarding": {
@@ -157,17 +163,28 @@ def event(regarding: ObjectMeta, told: Transition, *, instance: str, now: dateti
     }
 
 
-class Allowance:
-    """How many events each capture may still have: a bucket of `BURST`, one more every `REFILL` seconds."""
+def _cut(text: str, size: int) -> str:
+    """The text, at most so many bytes of UTF-8 of it."""
+    encoded = text.encode()
+    if len(encoded) <= size:
+        return text
+    ellipsis = "…"
+    return encoded[: size - len(ellipsis.encode())].decode(errors="ignore") + ellipsis
 
-    def __init__(self) -> None:
+
+class Allowance:
+    """How many events each may still have: a bucket of `burst`, one more every `refill` seconds."""
+
+    def __init__(self, burst: int = BURST, refill: float = REFILL) -> None:
+        self._burst = float(burst)
+        self._refill = refill
         self._left: dict[str, tuple[float, float]] = {}
 
     def take(self, uid: str, now: float) -> bool:
         """Whether there may be one more; `now` in seconds of a clock that is never set."""
         self._forget(now)
-        left, since = self._left.get(uid, (float(BURST), now))
-        left = min(float(BURST), left + (now - since) / REFILL)
+        left, since = self._left.get(uid, (self._burst, now))
+        left = min(self._burst, left + (now - since) / self._refill)
         allowed = left >= 1
         self._left[uid] = (left - allowed, now)
         return allowed
@@ -176,7 +193,9 @@ class Allowance:
         """Buckets that are full again, once there are many."""
         if len(self._left) > _LONGEST_QUEUE:
             self._left = {
-                uid: (left, since) for uid, (left, since) in self._left.items() if left + (now - since) / REFILL < BURST
+                uid: (left, since)
+                for uid, (left, since) in self._left.items()
+                if left + (now - since) / self._refill < self._burst
             }
 
 
@@ -195,13 +214,18 @@ class Events:
         self._clock = clock
         self._queue: asyncio.Queue[Json] = asyncio.Queue(_LONGEST_QUEUE)
         self._allowance = Allowance()
+        self._allowance_of_all = Allowance(BURST_OF_ALL, REFILL_OF_ALL)
 
     def send(self, regarding: ObjectMeta, told: Sequence[Transition]) -> None:
         """Tell this of the capture, soon."""
         for one in told:
             named = f"event {one.reason} of capture {regarding.namespace}/{regarding.name}"
-            if not self._allowance.take(regarding.uid, asyncio.get_running_loop().time()):
+            now = asyncio.get_running_loop().time()
+            if not self._allowance.take(regarding.uid, now):
                 _log.info("%s is left out: the capture has had too many", named)
+                continue
+            if not self._allowance_of_all.take("", now):
+                _log.warning("%s is left out: all captures together have had too many", named)
                 continue
             try:
                 self._queue.put_nowait(event(regarding, one, instance=self._instance, now=self._clock()))

@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from api.object import format_timestamp
 from api.packetcapture import PacketCapture
+from controller.events import Transition, event
 from hack.clusters.bare import BareControlPlane, bare_control_plane
 from kube.certificates import signing_request
 from kube.client import (
@@ -490,11 +491,20 @@ async def test_each_change_is_told_once_whatever_the_number_of_nodes(world: Worl
     described = await asyncio.to_thread(
         subprocess.run, [*kubectl, "describe", "packetcapture", "told"], check=True, capture_output=True, text=True
     )
-    assert "on node teller-0 and 2 more nodes: 90 MB are free" in described.stdout
+    assert "90 MB are free and 100 MB must be" in described.stdout
     for name in names:
         await world.client.delete(CAPTURENODES, name)
     lost = await world.becomes("told", "NodeGone", "Complete")
     assert lost.status.nodes == []
+
+
+async def test_kube_apiserver_takes_the_longest_event(world: World) -> None:
+    capture = await world.capture("wordy")
+    for character in ("x", "é", "🦈"):
+        told = Transition("Warning", "R" * 200, "Capturing", character * 2000)
+        body = event(capture.metadata, told, instance="test", now=datetime.now(UTC))
+        made = await world.client.create(EVENTS, body, namespace="dev")
+        assert made["note"] == body["note"]
 
 
 async def test_a_capture_that_is_over_runs_again_when_its_end_is_moved(world: World) -> None:

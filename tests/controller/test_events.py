@@ -1,10 +1,23 @@
 """What is told of a capture: each change once."""
 
+import asyncio
+from typing import Any
+
 import pytest
 
 from api.object import Condition, ObjectMeta
 from api.packetcapture import PacketCaptureStatus, Phase
-from controller.events import BURST, REFILL, Allowance, Transition, event, started_by, transitions
+from controller.events import (
+    BURST,
+    BURST_OF_ALL,
+    REFILL,
+    Allowance,
+    Events,
+    Transition,
+    event,
+    started_by,
+    transitions,
+)
 from tests.controller.cases import START, after, capture
 
 REGARDING = ObjectMeta(name="web", namespace="dev", uid="u", resource_version="7")
@@ -136,7 +149,42 @@ def test_an_event_is_cut_to_what_kubernetes_takes() -> None:
     made = event(long, Transition("Normal", "Started", "Starting", "x" * 2000), instance="pod-0", now=START)
     assert len(made["metadata"]["name"]) <= 253
     assert ".." not in made["metadata"]["name"]
-    assert len(made["note"]) == 1024
+    assert len(made["note"].encode()) == 1024
+    assert made["note"].endswith("x…")
+
+
+@pytest.mark.parametrize("character", ["é", "…", "🦈"])
+def test_an_event_is_cut_by_bytes_as_kube_apiserver_counts(character: str) -> None:
+    long = Transition("Warning", "R" * 200, "Capturing", character * 600)
+    made = event(REGARDING, long, instance="pod-0", now=START)
+    assert 1020 < len(made["note"].encode()) <= 1024
+    assert set(made["note"]) == {character, "…"}
+    assert len(made["reason"].encode()) == 128
+
+
+async def test_what_one_node_does_to_all_captures_is_told_of_some() -> None:
+    server: Any = Keeping()
+    events = Events(server, instance="i")
+    running = asyncio.create_task(events.run())
+    for number in range(BURST_OF_ALL + 50):
+        events.send(REGARDING.model_copy(update={"uid": f"u{number}"}), [Transition("Normal", "R", "A", "n")])
+    async with asyncio.timeout(10):
+        while len(server.told) < BURST_OF_ALL:  # noqa: ASYNC110 - what is waited for is in another task
+            await asyncio.sleep(0)
+    for _ in range(100):
+        await asyncio.sleep(0)
+    running.cancel()
+    assert len(server.told) < BURST_OF_ALL + 50
+
+
+class Keeping:
+    """kube-apiserver, which keeps the events that it is sent."""
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+
+    async def create(self, _: object, body: Any, **__: object) -> None:
+        self.told.append(body)
 
 
 def test_a_capture_has_a_burst_of_events_and_then_one_now_and_then() -> None:
