@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import NoReturn
+from zlib import crc32
 
 from pydantic import ValidationError
 
@@ -37,6 +38,11 @@ _GATHER = 0.1
 _REST = 3.0
 """Pauses for each second of computing, so that many reports of many nodes take a quarter of a core at most."""
 _SPACING_PER_AGENT = timedelta(milliseconds=10)
+_HEADLINES = 5
+"""Changes of the headline of one capture that are written at once; further ones wait for each other."""
+_HEADLINE_SPACING = timedelta(seconds=1)
+_MANY = 0.2
+"""By what share the number of agents has to change for all captures to tell them."""
 _NODES_PER_PAGE = 50
 """A CaptureNode may hold hundreds of captures."""
 
@@ -71,21 +77,51 @@ def write_at(
     wanted: PacketCaptureStatus,
     *,
     last: datetime | None,
+    headline_at: datetime,
     spacing: timedelta,
     counters_interval: timedelta,
     now: datetime,
 ) -> datetime | None:
     """When the status is to be written, `last` being the last time that it was; None when there is nothing new.
 
-    Every write reaches every agent. So what changes for the capture as a whole is written at once, what changes on its
-    nodes `spacing` apart, and what merely counts up at longer intervals.
+    Every write reaches every agent. So what changes for the capture as a whole is written at once, unless that is often
+    the case (then at `headline_at`), what changes on its nodes `spacing` apart, and what merely counts up at longer
+    intervals.
     """
     if wanted == written:
         return None
-    if last is None or headline(wanted) != headline(written):
+    if last is None:
         return now
+    if headline(wanted) != headline(written):
+        return max(now, headline_at)
     interval = spacing if outline(wanted) != outline(written) else counters_interval
     return max(now, min(last, now) + interval)
+
+
+@dataclass(frozen=True, slots=True)
+class Headlines:
+    """When the headline of one capture may be written: a bucket of a few, filled again at a steady pace.
+
+    Kept as the moment at which it will be full (https://en.wikipedia.org/wiki/Generic_cell_rate_algorithm).
+    """
+
+    full_at: datetime
+
+    def next(self, spacing: timedelta, now: datetime) -> datetime:
+        """When there may be one more."""
+        return self._full_at(spacing, now) - (_HEADLINES - 1) * spacing
+
+    def after(self, spacing: timedelta, now: datetime) -> "Headlines":
+        """What is left once one was written now."""
+        return Headlines(self._full_at(spacing, now) + spacing)
+
+    def _full_at(self, spacing: timedelta, now: datetime) -> datetime:
+        return min(max(self.full_at, now), now + _HEADLINES * spacing)  # however the clock was set
+
+
+def first_written(uid: str, *, began: datetime, interval: timedelta) -> datetime:
+    """What a new leader takes for the last write of a capture that others wrote: spread, so that not all are due."""
+    return began - interval * (crc32(uid.encode()) / 2**32)
 
 
 class Captures:
@@ -114,6 +150,9 @@ class Captures:
         self._passed_at: datetime | None = None
         self._written: dict[str, Known] = {}
         self._written_at: dict[str, datetime] = {}
+        self._headlines: dict[str, Headlines] = {}
+        self._began = clock()
+        self._agents_told = 0
 
     async def run(self) -> NoReturn:
         async with asyncio.TaskGroup() as tasks:
@@ -143,7 +182,6 @@ class Captures:
         """Keep what the node says; what merely counts up waits until the status may be written again."""
         now = self._clock()
         report = self._nodes.get(key.name)
-        spoke = self._reports.agents > 0
         if report is not None:
             changed = self._reports.put(report, now)
         elif key in self._nodes.unparsable:
@@ -151,12 +189,15 @@ class Captures:
         else:
             changed = self._reports.remove(key.name)
         self._note(changed, now)
-        if spoke != (self._reports.agents > 0):
-            self._touch_all()
+        self._count_agents()
         self._signal.set()
 
-    def _touch_all(self) -> None:
-        self._agenda.touch(capture.metadata.uid for capture in self._captures.objects.values())
+    def _count_agents(self) -> None:
+        """When there are many more agents than all were told, or many less, all captures are to tell."""
+        agents = self._reports.agents
+        if abs(agents - self._agents_told) > _MANY * min(agents, self._agents_told):
+            self._agents_told = agents
+            self._agenda.touch(capture.metadata.uid for capture in self._captures.objects.values())
 
     def _note(self, changed: Changed, now: datetime) -> None:
         self._agenda.touch(changed.states)
@@ -171,6 +212,7 @@ class Captures:
         self._passed_at = now
         known = self._newest()
         self._note(self._reports.listen(now), now)
+        self._count_agents()
         self._admit(known, now)
         for uid in self._agenda.take(known.keys(), now):
             capture = known[uid]
@@ -207,6 +249,7 @@ class Captures:
             if uid in cached and _version(cached[uid]) < _version(written)
         }
         self._written_at = {uid: moment for uid, moment in self._written_at.items() if uid in cached}
+        self._headlines = {uid: left for uid, left in self._headlines.items() if uid in cached}
         self._reports.retain(cached.keys())
         return cached | self._written
 
@@ -224,7 +267,7 @@ class Captures:
         status = summarize(
             capture,
             admission,
-            self._reports.of(metadata),
+            self._reports.of(metadata, capture.status.nodes),
             agents=self._reports.agents,
             gone=self._reports.gone(metadata, capture.status.nodes),
             now=now,
@@ -236,11 +279,15 @@ class Captures:
     async def _write(self, capture: Known, status: PacketCaptureStatus, now: datetime) -> list[datetime]:
         """Write the status if that is due; else returns when it will be."""
         metadata, uid = capture.metadata, capture.metadata.uid
+        spacing = self._reports.agents * _SPACING_PER_AGENT
+        headline_spacing = max(_HEADLINE_SPACING, spacing)
+        headlines = self._headlines.get(uid, Headlines(now))
         due = write_at(
             capture.status,
             status,
-            last=self._written_at.get(uid),
-            spacing=self._reports.agents * _SPACING_PER_AGENT,
+            last=self._last_written(capture),
+            headline_at=headlines.next(headline_spacing, now),
+            spacing=spacing,
             counters_interval=self._counters_interval,
             now=now,
         )
@@ -258,6 +305,8 @@ class Captures:
             written = await self._replace_status(metadata, status)
         self._written[uid] = written
         self._written_at[uid] = now
+        if headline(status) != headline(capture.status):
+            self._headlines[uid] = headlines.after(headline_spacing, now)
         if status.phase != capture.status.phase:
             capturing = status.condition("Capturing")
             reason = capturing.reason if capturing is not None else ""
@@ -266,6 +315,12 @@ class Captures:
             written.metadata, transitions(capture.status, status, started_by=started_by(written.metadata))
         )
         return []
+
+    def _last_written(self, capture: Known) -> datetime | None:
+        uid = capture.metadata.uid
+        if uid in self._written_at or not capture.status.conditions:
+            return self._written_at.get(uid)
+        return first_written(uid, began=self._began, interval=self._counters_interval)
 
     async def _replace_status(self, metadata: ObjectMeta, status: PacketCaptureStatus) -> Known:
         body = {

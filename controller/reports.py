@@ -30,6 +30,7 @@ _EXPECTED = {"", "NoPacketYet", "FilterMatchedNothing", "Starting", "NoPodMatche
 """Reasons of a node that captures, or waits for traffic, without any trouble."""
 
 
+SILENT = "AgentSilent"
 UNREADABLE = "ReportUnreadable"
 _UNREADABLE_MESSAGE = "what the node's agent says can't be read: is it of another release?"
 
@@ -101,7 +102,7 @@ class Said(NamedTuple):
         if self.state == "Finished":
             return self
         message = f"the node's agent has said nothing since {format_timestamp(moment)}"
-        return self._replace(state="Error", reason="AgentSilent", message=message, pods=0)
+        return self._replace(state="Error", reason=SILENT, message=message, pods=0)
 
     def unreadable(self) -> "Said":
         """The same while what the node says can't be read."""
@@ -159,6 +160,7 @@ class Reports:
     def __init__(self) -> None:
         self._nodes: dict[str, NodeReport] = {}
         self._heard: dict[str, datetime] = {}
+        self._grace: dict[str, datetime] = {}
         self._silent: set[str] = set()
         self._unreadable: set[str] = set()
         self._foreign: set[tuple[str, str]] = set()
@@ -174,10 +176,11 @@ class Reports:
         """A node has said this. That it did counts by our clock, since the node's may be wrong."""
         before = self._nodes.get(report.node)
         if before is None:
-            spoke = min(now, report.heartbeat) if report.heartbeat is not None else now
-            self._heard[report.node] = max(spoke, now - SILENT_AFTER + GRACE)
+            self._heard[report.node] = min(now, report.heartbeat) if report.heartbeat is not None else now
+            self._grace[report.node] = now + GRACE
         elif before.heartbeat != report.heartbeat:
             self._heard[report.node] = now
+            self._grace.pop(report.node, None)
         if report.unreadable and (before is None or before.unreadable != report.unreadable):
             _log.warning("of what node %s reports of captures, %d can't be read", report.node, report.unreadable)
         changed = Changed()
@@ -214,6 +217,7 @@ class Reports:
                     self._gone[uid].add(node)
             self._forget(node, before.captures.keys(), changed)
         self._heard.pop(node, None)
+        self._grace.pop(node, None)
         self._silent.discard(node)
         self._unreadable.discard(node)
         return changed
@@ -224,18 +228,24 @@ class Reports:
         for node, heard in self._heard.items():
             if heard > now:  # our clock was set back
                 self._heard[node] = now
-            silent = heard + SILENT_AFTER <= now
+            if (grace := self._grace.get(node)) is not None and not now < grace <= now + GRACE:
+                del self._grace[node]
+            silent = heard + SILENT_AFTER <= now and node not in self._grace
             if silent != (node in self._silent):
                 (self._silent.add if silent else self._silent.discard)(node)
                 changed.states.update(self._nodes[node].captures)
         return changed
 
-    def of(self, capture: ObjectMeta) -> list[Said]:
-        """What is to be said of a capture, node by node. What has its UID and another name is of no use, and logged."""
+    def of(self, capture: ObjectMeta, written: Iterable[NodeSummary] = ()) -> list[Said]:
+        """What is to be said of a capture, node by node. What has its UID and another name is of no use, and logged.
+
+        A node that is silent by what is `written` of it stays so until it speaks: a new leader knows no better.
+        """
+        silent = self._silent.union(node.node for node in written if node.reason == SILENT and node.node in self._grace)
         said = []
         for node, one in self._by_capture.get(capture.uid, {}).items():
             if (one.namespace, one.name) == (capture.namespace, capture.name):
-                said.append(self._as_it_stands(node, one))
+                said.append(self._as_it_stands(node, one, silent=node in silent))
             elif (node, capture.uid) not in self._foreign:
                 self._foreign.add((node, capture.uid))
                 _log.warning("node %s reports %s/%s under the UID of another capture", node, one.namespace, one.name)
@@ -256,10 +266,10 @@ class Reports:
         """Reports that are of no use, as they have the UID of one capture and the name of another."""
         return len(self._foreign)
 
-    def _as_it_stands(self, node: str, said: Said) -> Said:
+    def _as_it_stands(self, node: str, said: Said, *, silent: bool) -> Said:
         if node in self._unreadable:
             return said.unreadable()
-        return said.silent_since(self._heard[node]) if node in self._silent else said
+        return said.silent_since(self._heard[node]) if silent else said
 
     def _forget(self, node: str, uids: Iterable[str], changed: Changed) -> None:
         for uid in uids:

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from api.packetcapture import NodeSummary, PacketCapture, PacketCaptureStatus
-from controller.captures import Captures, Unreadable, read, write_at
+from controller.captures import Captures, Headlines, Unreadable, first_written, read, write_at
 from controller.events import Events
 from kube.status import StatusError
-from tests.controller.cases import START, after, capture
+from tests.controller.cases import START, after, capture, node
 
 MINUTE = timedelta(minutes=1)
 OLD = PacketCaptureStatus(phase="Capturing", packets=1, nodes=[NodeSummary(node="a", state="Capturing", packets=1)])
@@ -54,8 +54,70 @@ def test_what_holds_for_all_is_written_at_once_states_of_nodes_soon_and_counters
     wanted: PacketCaptureStatus, last: datetime | None, expected: datetime | None
 ) -> None:
     spacing = timedelta(seconds=5)
-    at = write_at(OLD, wanted, last=last, spacing=spacing, counters_interval=MINUTE, now=after(seconds=10))
+    at = write_at(
+        OLD,
+        wanted,
+        last=last,
+        headline_at=START,
+        spacing=spacing,
+        counters_interval=MINUTE,
+        now=after(seconds=10),
+    )
     assert at == expected
+
+
+def test_a_headline_that_changes_all_the_time_waits_for_its_turn() -> None:
+    spacing = timedelta(seconds=2)
+    now, left = START, Headlines(START)
+    written: list[float] = []
+    while len(written) < 8:
+        if left.next(spacing, now) <= now:
+            written.append((now - START).total_seconds())
+            left = left.after(spacing, now)
+        now += timedelta(seconds=0.25)
+    assert written == [0, 0.25, 0.5, 0.75, 1, 2, 4, 6]
+    wanted = OLD.model_copy(update={"phase": "Error"})
+    due = left.next(spacing, now)
+    given = {"last": START, "spacing": spacing, "counters_interval": MINUTE, "now": now}
+    assert write_at(OLD, wanted, headline_at=due, **given) == due > now  # type: ignore[arg-type]
+
+
+def test_a_headline_does_not_wait_for_long_when_the_clock_was_set_back() -> None:
+    spacing = timedelta(seconds=1)
+    left = Headlines(START).after(spacing, after(hours=1))
+    assert left.next(spacing, START) <= after(seconds=1)
+
+
+def test_a_new_leader_does_not_write_all_that_others_wrote_at_once() -> None:
+    moments = [first_written(f"uid-{number}", began=START, interval=MINUTE) for number in range(100)]
+    assert all(START - MINUTE <= moment <= START for moment in moments)
+    quarters = {int((START - moment) / (MINUTE / 4)) for moment in moments}
+    assert quarters == {0, 1, 2, 3}
+
+
+async def test_what_another_leader_wrote_is_written_again_when_its_time_has_come() -> None:
+    server: Any = Refusing()
+    captures = Captures(server, events=Events(server, instance="i"), counters_interval=MINUTE, clock=lambda: START)
+    condition = {"type": "Admitted", "status": "True", "reason": "x", "lastTransitionTime": START}
+    known = capture("web", status={"conditions": [condition]})
+    (due,) = await captures._write(known, known.status.model_copy(update={"bytes": 1}), START)
+    assert START < due <= after(minutes=1)
+    assert server.written == []
+    assert await captures._write(known, known.status.model_copy(update={"bytes": 1}), due) == []
+    assert len(server.written) == 1
+
+
+def test_how_many_agents_there_are_is_told_when_it_has_changed_much() -> None:
+    server: Any = Refusing()
+    captures = Captures(server, events=Events(server, instance="i"), counters_interval=MINUTE, clock=lambda: START)
+    touched = []
+    for number in range(1, 31):
+        captures._reports.put(node(f"n{number}"), START)
+        before = captures._agents_told
+        captures._count_agents()
+        if captures._agents_told != before:
+            touched.append(number)
+    assert touched == [1, 2, 3, 4, 5, 7, 9, 11, 14, 17, 21, 26]
 
 
 def test_a_capture_whose_spec_is_wrong_is_kept_with_the_reason() -> None:

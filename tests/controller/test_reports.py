@@ -5,6 +5,7 @@ from datetime import datetime
 import pytest
 
 from api.object import ObjectMeta
+from api.packetcapture import NodeSummary
 from controller.reports import GRACE, SILENT_AFTER, Changed, Reports, Said, read
 from tests.controller.cases import START, Json, after, node
 
@@ -175,3 +176,24 @@ def test_a_node_that_is_gone_with_packets_is_remembered_as_long_as_the_capture_i
     assert reports.gone(web, []) == {"a"}
     reports.retain([])
     assert reports.gone(web, []) == set()
+
+
+def test_a_new_leader_takes_a_node_for_silent_that_was_so_until_it_speaks() -> None:
+    reports = Reports()
+    web = ObjectMeta(namespace="dev", name="web", uid="uid-web")
+    dead = after(hours=-5)
+    put(reports, "a", {"pods": 1, "packets": 5}, heard=dead)
+    put(reports, "b", {"pods": 1}, heard=dead)
+    reports.listen(START)
+    written = [NodeSummary(node="a", state="Error", reason="AgentSilent"), NodeSummary(node="b", state="Capturing")]
+    silent, fine = reports.of(web, written)
+    assert (silent.reason, silent.message) == (
+        "AgentSilent",
+        "the node's agent has said nothing since 2029-12-31T19:00:00Z",
+    )
+    assert fine.state == "Capturing", "of the other node it is not known yet"
+    put(reports, "a", {"pods": 1, "packets": 5}, at=after(seconds=1))
+    reports.listen(after(seconds=1))
+    assert [said.state for said in reports.of(web, written)] == ["Capturing", "Capturing"]
+    reports.listen(START + GRACE)
+    assert states(reports) == {"a": ("Capturing", ""), "b": ("Error", "AgentSilent")}
