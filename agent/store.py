@@ -44,7 +44,7 @@ class FileRecord(PacketCaptureFile):
     """The pod's addresses."""
     filter: str
     """The filter, as libpcap compiled it."""
-    snap_length: int | None
+    snap_length: int | None = None
     """Bytes kept of each packet at most."""
     run: int
     """When the capture of the pod began that wrote it, in ns since 1970; the file's creation when nobody knows."""

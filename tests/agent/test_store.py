@@ -117,6 +117,15 @@ async def test_a_file_whose_writer_died_is_recovered_up_to_its_last_whole_packet
     assert (record.recovered, record.packets, record.torn_bytes, record.run) == (True, 4, 75, NOW)
 
 
+async def test_the_record_of_a_file_of_which_nothing_was_told_is_read_again(fixture: Fixture) -> None:
+    fixture.write(pcap(5))
+    await fixture.finish()
+    fixture.store = fixture.restarted()
+    await fixture.finish()
+    assert len(fixture.recorded) == 1, "it is not made anew"
+    assert [record for _, record in await fixture.store.records()] == fixture.recorded
+
+
 async def test_a_torn_end_that_can_not_be_cut_off_is_never_served(
     fixture: Fixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
