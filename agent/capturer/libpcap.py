@@ -22,6 +22,7 @@ _NO_PROTOCOL: Final = (
 )
 _ALL_PROTOCOLS: Final = 3  # ETH_P_ALL
 _ERROR_BUFFER_SIZE: Final = 256
+_ADDRESS: Final = struct.Struct("=HHi12x")  # struct sockaddr_ll
 _DIRECTION: Final = re.compile(r"\b(inbound|outbound)\b")
 
 FILE_HEADER_BYTES: Final = 24
@@ -54,6 +55,7 @@ def _load() -> ctypes.CDLL:
 
 
 _pcap = _load()
+_libc = ctypes.CDLL(None, use_errno=True)
 
 _pointer = ctypes.c_void_p
 _int = ctypes.c_int
@@ -98,10 +100,10 @@ class Handle:
         Raises PcapError.
         """
         buffer = ctypes.create_string_buffer(_ERROR_BUFFER_SIZE)
-        self._handle: int | None = _pcap.pcap_create(interface.encode(), buffer)
+        self._interface = os.fsencode(interface)
+        self._handle: int | None = _pcap.pcap_create(self._interface, buffer)
         if not self._handle:
             raise PcapError(_text(buffer.value))
-        self._interface = interface
         self.snap_length = snap_length
         self.timeout_milliseconds = timeout_milliseconds
         self._received = _Unwrapped()
@@ -150,12 +152,19 @@ class Handle:
         nobody could tell how many of the packets counted will reach the file.
         """
         try:
-            with socket.socket(fileno=os.dup(self.descriptor)) as duplicate:
-                if loopback:
+            if loopback:
+                with socket.socket(fileno=os.dup(self.descriptor)) as duplicate:
                     duplicate.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
-                duplicate.bind((self._interface, _ALL_PROTOCOLS))
+            self._bind(socket.if_nametoindex(self._interface))  # type: ignore[arg-type]
         except OSError as error:
-            raise PcapError(f"{self._interface}: {error.strerror}") from error
+            raise PcapError(error.strerror) from error
+
+    def _bind(self, index: int) -> None:
+        """packet(7); socket.bind would take the interface by its name, and only one that is UTF-8. Raises OSError."""
+        address = _ADDRESS.pack(socket.AF_PACKET, socket.htons(_ALL_PROTOCOLS), index)
+        if _libc.bind(self.descriptor, address, len(address)):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
 
     def close_gate(self) -> None:
         """Let nothing more into the ring; what is in it can still be dispatched.

@@ -46,6 +46,10 @@ class Link:
     loopback: bool
     packets: int
 
+    @property
+    def label(self) -> str:
+        return label(self.name)
+
 
 class Links:
     """The links of the calling thread's network namespace, and word of their changes."""
@@ -92,6 +96,11 @@ class Links:
         return [_link(answer) for answer in _dump(self._requests, _RTM_GETLINK, body)]
 
 
+def label(name: str) -> str:
+    """The name as it may be written anywhere: the kernel lets it be any bytes but `/`, white space and NUL."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
 def local_addresses() -> set[Address]:
     """The addresses of the calling thread's network namespace. Raises OSError."""
     found = set()
@@ -136,7 +145,7 @@ def _link(body: bytes) -> Link:
     loopback = bool(flags & _IFF_LOOPBACK)
     return Link(
         index=index,
-        name=attributes[_IFLA_IFNAME].rstrip(b"\0").decode(errors="surrogateescape"),
+        name=os.fsdecode(attributes[_IFLA_IFNAME].rstrip(b"\0")),
         up=bool(flags & _IFF_UP),
         loopback=loopback,
         packets=received if loopback else received + sent,

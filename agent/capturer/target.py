@@ -17,18 +17,23 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
 
-from agent.capturer import netns
-from agent.capturer.capture import InterfaceCapture
+from agent.capturer import netns, rtnetlink
+from agent.capturer.capture import InterfaceCapture, Series
 from agent.capturer.libpcap import FilterError, Handle, PcapError
 from agent.capturer.protocol import InterfaceStatus, State, Target, TargetStatus
 from agent.capturer.rtnetlink import Link, Links
 from agent.capturer.wakeup import WakeUp
+from api import names
 
 TIMEOUT_MILLISECONDS: Final = 50
 """How long the kernel may hold a packet back to fill a block: short enough for a live view, long enough to batch."""
 
 _RETRY_SECONDS: Final = 1.0
 _COUNT_SECONDS: Final = 1.0
+_LOOK_SECONDS: Final = 0.1
+"""A pod may change its links without end; nobody else is to pay for it."""
+MOST_INTERFACES: Final = 16
+"""Of one target in one run, by their names: each has a ring and a thread, and a pod may make as many as it likes."""
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +48,10 @@ class CaptureError(Exception):
 
 @dataclass(slots=True)
 class _Interface:
-    """A link that is captured, or was, or could not be: then `capture` is None and `refused` says why."""
+    """A link that is captured, or was, or could not be: then `capture` is None and `refused` says why.
+
+    `link` is its index, 0 once that link has another name.
+    """
 
     link: int
     tried_at: float
@@ -68,6 +76,12 @@ class _Interface:
     def count(self, link: Link) -> None:
         if link.index == self.link:
             self.seen = max(self.seen, link.packets - self.uncounted)
+
+    def end(self) -> None:
+        """Stop and wait: then its files are closed and its numbers final."""
+        if self.capture is not None:
+            self.capture.stop()
+            self.capture.join()
 
 
 class TargetCapture:
@@ -101,6 +115,7 @@ class TargetCapture:
         self._counts_wanted = 0
         self._counted = 0
         self._missing: tuple[str, ...] = ()
+        self._excess: tuple[str, ...] = ()
         self._interfaces: dict[str, _Interface] = {}  # replaced as a whole, since other threads read it
         self._outcome: tuple[State, str, str] | None = None
         try:
@@ -173,6 +188,12 @@ class TargetCapture:
         failed = next((interface for interface in interfaces if interface.state is State.FAILED), None)
         if failed is not None:
             return State.CAPTURING, failed.reason, failed.message
+        if excess := self._excess:
+            left_out = ", ".join(excess[:3]) + (", …" if len(excess) > 3 else "")
+            message = (
+                f"at most {MOST_INTERFACES} interfaces of a pod are captured, so not {left_out}: name those to capture"
+            )
+            return State.CAPTURING, "TooManyInterfaces", message
         if self._missing:
             return State.CAPTURING, "InterfaceNotFound", _not_found(self._missing)
         return State.CAPTURING, "", ""
@@ -215,21 +236,32 @@ class TargetCapture:
         process = namespace.process
         poll.register(process, select.POLLIN)
         while not self._stopping:
-            wanted, interfaces, missing, opened = self._counts_wanted, self._interfaces, self._missing, self._opened
+            wanted, opened = self._counts_wanted, self._opened
+            before = self._interfaces, self._missing, self._excess
+            looked = time.monotonic()
             retry = self._look(namespace, links)
             self._opened = True
             self._counted = wanted
-            if opened and interfaces is self._interfaces and missing == self._missing:
+            if opened and before[0] is self._interfaces and before[1:] == (self._missing, self._excess):
                 self._on_answer()
             else:
                 self._on_change()
             ready = {descriptor for descriptor, _ in poll.poll(None if retry is None else retry * 1000)}
             self._wake.clear()
+            self._rest(until=looked + _LOOK_SECONDS)
             if process in ready:
                 poll.unregister(process)
                 namespace.move_on()
                 process = namespace.process
                 poll.register(process, select.POLLIN)
+
+    def _rest(self, *, until: float) -> None:
+        """Wait until then, but not when somebody waits for us."""
+        poll = select.poll()
+        poll.register(self._wake, select.POLLIN)
+        while not self._stopping and self._counts_wanted == self._counted and (pause := until - time.monotonic()) > 0:
+            if poll.poll(pause * 1000):
+                self._wake.clear()
 
     def _look(self, namespace: netns.Namespace, links: Links) -> float | None:
         """Count what was seen, and capture what is not captured yet. Returns in how many seconds to look again at last.
@@ -237,33 +269,46 @@ class TargetCapture:
         Raises CaptureError when nothing can be captured, OSError.
         """
         present = self._count(links)
+        self._end_renamed(present)
         for interface in self._interfaces.values():
             # What is wrong with the disk or with us is so for all interfaces; who asked may try again later.
             if interface.status.state is State.FAILED and interface.status.reason not in _OF_ONE_INTERFACE:
                 raise CaptureError(interface.status.reason, interface.status.message)
         wanted = self.target.interfaces
-        absent = [link for link in present if link.up and (link.name in wanted if wanted else not link.loopback)]
-        self._missing = tuple(sorted(set(wanted) - {link.name for link in absent}))
-        captured = {interface.link for interface in self._interfaces.values() if interface.is_alive}
-        absent = [link for link in absent if link.index not in captured]
-        now = time.monotonic()
-        pauses = {
-            interface.link: interface.tried_at + _RETRY_SECONDS - now
-            for interface in self._interfaces.values()
-            if interface.tried_at + _RETRY_SECONDS > now
-        }
-        due = [link for link in absent if link.index not in pauses]
-        for link in due:
-            outcome = namespace.run(functools.partial(self._open, link))
-            self._interfaces = self._interfaces | {link.name: self._begin(link, outcome)}
+        chosen = [link for link in present if link.up and (link.name in wanted if wanted else not link.loopback)]
+        self._missing = tuple(sorted(set(wanted) - {link.name for link in chosen}))
+        excess = []
+        for link in sorted(chosen, key=lambda link: link.index):
+            if link.name not in self._interfaces and len(self._interfaces) >= MOST_INTERFACES:
+                excess.append(link.label)
+            elif self._seconds_to_try(link) == 0:
+                self._begin(namespace, link)
+        self._excess = tuple(excess)
         if not any(interface.is_alive for interface in self._interfaces.values()):
             raise self._nothing_captured()
-        return min((pauses[link.index] for link in absent if link.index in pauses), default=None)
+        return min((wait for link in chosen if (wait := self._seconds_to_try(link)) is not None), default=None)
+
+    def _end_renamed(self, present: list[Link]) -> None:
+        """What a link was captured as ends when it has another name: that is another interface, with other files."""
+        present_names = {link.index: link.name for link in present}
+        for name, interface in self._interfaces.items():
+            if present_names.get(interface.link, name) != name:
+                interface.end()
+                interface.link = 0
+
+    def _seconds_to_try(self, link: Link) -> float | None:
+        """How long to wait until the link is to be captured, None while it is, or is one too many."""
+        interface = self._interfaces.get(link.name)
+        if interface is None:
+            return 0.0 if len(self._interfaces) < MOST_INTERFACES else None
+        if interface.link != link.index:
+            return 0.0
+        return None if interface.is_alive else max(0.0, interface.tried_at + _RETRY_SECONDS - time.monotonic())
 
     def _nothing_captured(self) -> CaptureError:
-        failed = next(iter(self._interfaces.values()), None)
-        if failed is not None:
-            return CaptureError(failed.status.reason, failed.status.message)
+        for interface in self._interfaces.values():
+            if interface.status.state is State.FAILED:
+                return CaptureError(interface.status.reason, interface.status.message)
         return CaptureError("InterfaceNotFound", _not_found(self._missing))
 
     def _count(self, links: Links) -> list[Link]:
@@ -274,54 +319,84 @@ class TargetCapture:
                 interface.count(link)
         return present
 
-    def _open(self, link: Link) -> Handle | InterfaceStatus:
-        """To be called inside the pod's namespace. Says why if it can't be."""
-        try:
-            handle = Handle(
-                link.name,
-                snap_length=self.target.snap_length,
-                ring_bytes=self.target.ring_bytes,
-                timeout_milliseconds=TIMEOUT_MILLISECONDS,
-            )
-            try:
-                handle.set_filter(self.target.filter)
-                handle.open_gate(loopback=link.loopback)
-            except BaseException:
-                handle.close()
-                raise
-        except FilterError as error:
-            return _refused(link, "FilterInvalid", f"the filter does not fit the interface {link.name}: {error}")
-        except PcapError as error:
-            return _refused(link, "OpenFailed", f"opening the capture on {link.name}: {error}")
-        return handle
-
-    def _begin(self, link: Link, outcome: Handle | InterfaceStatus) -> _Interface:
+    def _begin(self, namespace: netns.Namespace, link: Link) -> None:
+        """Capture the link. Whatever goes wrong with it is its own matter, and said in its status."""
         before = self._interfaces.get(link.name)
+        if before is not None:
+            before.end()  # of a link that is gone, though its thread may not know yet
         seen = before.seen if before is not None else 0
+        last = before.status if before is not None else InterfaceStatus(interface=link.label, state=State.STARTING)
         interface = _Interface(link.index, time.monotonic(), link.packets - seen, seen)
-        last = before.status if before is not None else None
-        if isinstance(outcome, InterfaceStatus):
-            interface.refused = (
-                outcome
-                if last is None
-                else replace(last, state=outcome.state, reason=outcome.reason, message=outcome.message)
-            )
-            return interface
+        reason, message = "OpenFailed", ""
+        try:
+            self._check_files_are_its_own(link)
+            interface.capture = self._open(namespace, link, before=last)
+        except CaptureError as error:
+            reason, message = error.reason, str(error)
+        except (PcapError, OSError, RuntimeError) as error:
+            message = f"opening the capture on {link.label}: {error}"
+        except Exception as error:
+            log.exception("capture of %s on %s", self.target.id, link.label)
+            message = f"opening the capture on {link.label}: {error!r}"
+        if interface.capture is None:
+            interface.refused = replace(last, state=State.FAILED, reason=reason, message=message)
+        self._interfaces = self._interfaces | {link.name: interface}
+        if interface.capture is not None:
+            interface.capture.start()  # only now, so that it finds itself among the interfaces when it fails
+
+    def _check_files_are_its_own(self, link: Link) -> None:
+        """Raise CaptureError if another interface is captured whose name is the same in names of files.
+
+        Each of the two would remove the other's files.
+        """
+        series = self._series(link.name)
+        for name, interface in self._interfaces.items():
+            if name != link.name and interface.is_alive and self._series(name) == series:
+                message = f"files of {link.label} would have the names of those of {interface.status.interface}"
+                raise CaptureError("InterfaceNameTaken", message)
+
+    def _series(self, interface: str) -> Series:
+        label = rtnetlink.label(interface)
+        pod, uid = self.target.pod_name, self.target.pod_uid
+        series, _ = Series.of(names.file_name(pod=pod, interface=label, created_ns=0, pod_uid=uid, sequence=0))
+        return series
+
+    def _open(self, namespace: netns.Namespace, link: Link, *, before: InterfaceStatus) -> InterfaceCapture:
+        """Raises CaptureError, PcapError, OSError, RuntimeError."""
         with contextlib.ExitStack() as undo:
-            undo.callback(outcome.close)
+            handle = namespace.run(functools.partial(self._handle, link))
+            undo.callback(handle.close)
             directory = _open_directory(self._captures, self.target.capture_uid)
             undo.callback(os.close, directory)
-            interface.capture = InterfaceCapture(
+            capture = InterfaceCapture(
                 target=self.target,
-                interface=link.name,
-                handle=outcome,
+                interface=link.label,
+                handle=handle,
                 directory=directory,
                 on_change=self._interface_changed,
-                before=last,
+                before=before,
             )
             undo.pop_all()
-        interface.capture.start()
-        return interface
+        return capture
+
+    def _handle(self, link: Link) -> Handle:
+        """To be called inside the pod's namespace. Raises CaptureError, PcapError."""
+        handle = Handle(
+            link.name,
+            snap_length=self.target.snap_length,
+            ring_bytes=self.target.ring_bytes,
+            timeout_milliseconds=TIMEOUT_MILLISECONDS,
+        )
+        with contextlib.ExitStack() as undo:
+            undo.callback(handle.close)
+            try:
+                handle.set_filter(self.target.filter)
+            except FilterError as error:
+                message = f"the filter does not fit the interface {link.label}: {error}"
+                raise CaptureError("FilterInvalid", message) from error
+            handle.open_gate(loopback=link.loopback)
+            undo.pop_all()
+        return handle
 
     def _interface_changed(self) -> None:
         """Called in the interfaces' threads."""
@@ -339,11 +414,7 @@ class TargetCapture:
             self._count(links)
 
 
-_OF_ONE_INTERFACE: Final = frozenset({"InterfaceFailed", "FilterInvalid", "OpenFailed"})
-
-
-def _refused(link: Link, reason: str, message: str) -> InterfaceStatus:
-    return InterfaceStatus(interface=link.name, state=State.FAILED, reason=reason, message=message)
+_OF_ONE_INTERFACE: Final = frozenset({"InterfaceFailed", "FilterInvalid", "OpenFailed", "InterfaceNameTaken"})
 
 
 def _not_found(missing: tuple[str, ...]) -> str:

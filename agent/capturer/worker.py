@@ -399,6 +399,7 @@ def main() -> None:
         # The captures' threads would go on without anyone to stop them; the supervisor starts anew.
         log.exception("the worker failed")
         os._exit(1)
+    os._exit(0)  # all files are closed; a thread that hangs nevertheless must not hold up the end
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import pytest
 
 from agent.capturer.protocol import InterfaceStatus, Start, State, TargetStatus, encode
 from agent.capturer.supervisor import open_captures
+from agent.capturer.target import MOST_INTERFACES
 from agent.capturer.worker import Worker, longest_wait
 from tests.agent.world import HOST, Capturer, Pod, eventually, run, send
 
@@ -90,6 +91,98 @@ class TestInterfaces:
         assert net1.seen >= 35
         assert [file.packets for file in net1.files] == [30, 5]
         assert interface(status, "eth0").packets == 20
+
+    def test_one_that_is_made_anew_at_once_loses_nothing_of_before(self, pod: Pod, capturer: Capturer) -> None:
+        target = pod.target(max_files=10)
+        add_interface(pod, "net1")
+        capturer.start(target)
+        for _ in range(3):
+            pod.in_peer(lambda: send("10.203.0.2", count=30))
+            # In one process, so that the capturer finds the second before it knows that the first is gone.
+            change = f"""link del net1
+                link add net1 type veth peer name net1-peer
+                addr add 10.203.0.2/24 dev net1
+                link set net1 up
+                link set net1-peer netns {pod.peer}"""
+            subprocess.run(["ip", "-n", pod.namespace, "-batch", "-"], input=change, text=True, check=True)
+            run("ip", "-n", pod.peer, "addr", "add", "10.203.0.1/24", "dev", "net1-peer")
+            run("ip", "-n", pod.peer, "link", "set", "net1-peer", "up")
+            eventually(lambda: captured(capturer) == {"eth0": State.CAPTURING, "net1": State.CAPTURING})
+        status = capturer.stop(target)
+        net1 = interface(status, "net1")
+        assert (net1.packets, net1.dropped) == (90, 0)
+        assert [file.packets for file in net1.files if file.packets] == [30, 30, 30]
+        assert not any(file.open for file in net1.files)
+
+    def test_one_that_is_renamed_is_captured_under_its_new_name_only(self, pod: Pod, capturer: Capturer) -> None:
+        target = pod.target()
+        add_interface(pod, "net1")
+        capturer.start(target)
+        pod.in_peer(lambda: send("10.203.0.2", count=30))
+        for change in (
+            "set net1 down",
+            "set net1 name moved",
+            "set moved up",
+            "add net1 type veth peer name other",
+            "set net1 up",
+            "set other up",
+        ):
+            run("ip", "-n", pod.namespace, "link", *change.split())
+        everything = dict.fromkeys(("eth0", "moved", "net1", "other"), State.CAPTURING)
+        eventually(lambda: captured(capturer) == everything)
+        threads = os.listdir(f"/proc/{capturer.worker_pid()}/task")
+        assert len(threads) == 2 + len(everything), "the main one, the target's, one for each interface"
+        pod.in_peer(lambda: send("10.203.0.2", count=5))
+        status = capturer.stop(target)
+        assert (status.state, interface(status, "net1").packets, interface(status, "moved").packets) == (
+            State.STOPPED,
+            30,
+            5,
+        )
+        assert len(os.listdir(f"/proc/{capturer.worker_pid()}/task")) == 1
+
+    def test_two_whose_files_would_have_the_same_names_are_not_captured_both(
+        self, pod: Pod, capturer: Capturer
+    ) -> None:
+        target = pod.target(max_files=1)
+        add_interface(pod, "net_1")
+        capturer.start(target)
+        pod.in_peer(lambda: send("10.203.0.2", count=30))
+        add_interface(pod, "net=1", network="10.204.0")
+        eventually(lambda: captured(capturer).get("net=1") is State.FAILED)
+        (status,) = capturer.report()
+        assert (status.state, status.reason) == (State.CAPTURING, "InterfaceNameTaken")
+        pod.in_peer(lambda: send("10.204.0.2", count=5))
+        status = capturer.stop(target)
+        assert (interface(status, "net_1").packets, interface(status, "net=1").packets) == (30, 0)
+        (file,) = interface(status, "net_1").files
+        assert file.name in {path.name for path in capturer.files(target)}
+
+    def test_one_whose_name_is_not_utf8_is_captured_too(self, pod: Pod, capturer: Capturer) -> None:
+        target = pod.target()
+        capturer.start(target)
+        add_interface(pod, os.fsdecode(b"net\xff"))
+        eventually(lambda: captured(capturer) == {"eth0": State.CAPTURING, "net\\xff": State.CAPTURING})
+        pod.in_peer(lambda: send("10.203.0.2", count=30))
+        status = capturer.stop(target)
+        assert (status.state, interface(status, "net\\xff").packets) == (State.STOPPED, 30)
+
+    def test_no_more_than_sixteen_are_captured(self, pod: Pod, capturer: Capturer) -> None:
+        target = pod.target(ring_bytes=1 << 19)
+        capturer.start(target)
+        names = [f"d{number}" for number in range(10)]
+        lines = [f"link add {name} type veth peer name {name}p\nlink set {name} up" for name in names]
+        lines += [f"link set {name}p up" for name in names]
+        subprocess.run(["ip", "-n", pod.namespace, "-batch", "-"], input="\n".join(lines), text=True, check=True)
+
+        def too_many() -> bool:
+            (status,) = capturer.report()
+            return (status.state, status.reason) == (State.CAPTURING, "TooManyInterfaces")
+
+        eventually(too_many)
+        assert len(captured(capturer)) == MOST_INTERFACES == 16
+        assert captured(capturer)["eth0"] is State.CAPTURING
+        capturer.stop(target)
 
     def test_one_that_goes_down_and_up_again_is_captured_on(self, pod: Pod, capturer: Capturer) -> None:
         target = pod.target()
