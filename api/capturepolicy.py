@@ -34,8 +34,8 @@ class InterfaceRules(Model):
     """Which interfaces of the pods are allowed."""
 
     allowed: Annotated[list[InterfaceName], Field(max_length=16)] | None = None
-    """A capture must name its interfaces, all of them out of these. Absent: any, also lo, where what
-    sidecars have decrypted can be read."""
+    """Names out of which a capture must name its interfaces. Absent: any but lo, where what sidecars have decrypted
+    can be read: lo must be listed."""
 
 
 class Limits(Model):

@@ -20,6 +20,8 @@ MOST_PORTS = 256
 """Ports and ranges of all filters together. libpcap's time to compile grows with the cube of their number (256: 0.4 s),
 and the kernel takes no program of more than 4096 instructions."""
 
+LOOPBACK = "lo"
+
 Phase = Literal["Scheduled", "WaitingForTraffic", "Capturing", "Finished", "Error"]
 
 Protocol = Literal["TCP", "UDP", "ICMP", "ICMPv6", "SCTP", "UDPLite"]

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from api.capturepolicy import CapturePolicy, FilterRules, InterfaceRules, Limits
-from api.packetcapture import Filter, PacketCaptureSpec, format_ports
+from api.packetcapture import LOOPBACK, Filter, PacketCaptureSpec, format_ports
 from api.quantity import format_duration
 
 
@@ -94,6 +94,8 @@ def _ports_refused(entry: Filter, rules: FilterRules) -> str | None:
 
 def _interfaces_refused(interfaces: Sequence[str], rules: InterfaceRules) -> str | None:
     if rules.allowed is None:
+        if LOOPBACK in interfaces:
+            return f"interface {LOOPBACK} is not allowed: the policy has to list it in interfaces.allowed"
         return None
     allowed = ", ".join(rules.allowed)
     if not interfaces:
