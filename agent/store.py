@@ -111,6 +111,7 @@ class Store:
         self._records: dict[str, dict[str, FileRecord]] = {}
         self._times: dict[tuple[str, str], tuple[int, int | None, int | None]] = {}
         self._strangers: set[str] = set()
+        self._finishing = asyncio.Lock()
 
     def observe(self, status: TargetStatus) -> bool:
         """Take note of what the capturer says of a target's files. Returns whether a file is new, or was closed."""
@@ -138,6 +139,10 @@ class Store:
 
     async def finish(self, *, on_record: Callable[[str, FileRecord], None]) -> None:
         """Write the records that are missing. `on_record` gets each of them, with the capture's UID."""
+        async with self._finishing:
+            await self._finish(on_record)
+
+    async def _finish(self, on_record: Callable[[str, FileRecord], None]) -> None:
         before = self._engaged()
         present = await asyncio.to_thread(lambda: list(self._unrecorded()))
         after = self._engaged()
@@ -153,6 +158,10 @@ class Store:
                 continue  # rotated away meanwhile
             except OSError as error:
                 log.warning("record of %s: %s", name, error)
+                continue
+            # Asked here and not in the thread: what is counted of files that went is put away by this thread too.
+            if not (self._directory / capture_uid / name).exists():
+                await asyncio.to_thread(self._remove, capture_uid, name)
                 continue
             if record.recovered:
                 log.warning(
@@ -406,6 +415,7 @@ class Store:
         path = self._directory / capture_uid / name
         path.unlink(missing_ok=True)
         path.with_name(f"{name}{RECORD_SUFFIX}").unlink(missing_ok=True)
+        self._records.get(capture_uid, {}).pop(name, None)
 
 
 def _times(descriptor: int, file: FileStatus) -> tuple[int | None, int | None]:

@@ -1,5 +1,6 @@
 """Files and their records, with files as libpcap writes them."""
 
+import asyncio
 import errno
 import hashlib
 import json
@@ -232,6 +233,31 @@ async def test_a_file_that_the_capturer_closed_can_go_before_it_has_a_record(fix
     assert not path.exists()
     await fixture.finish()
     assert fixture.recorded == []
+
+
+async def test_a_file_that_goes_while_it_is_hashed_is_not_told_of(
+    fixture: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever removed it has counted it already."""
+    path = fixture.write(pcap(5))
+    fixture.store.observe(status(file(0, packets=5, open_=False)))
+    pread = os.pread
+
+    def pread_and_remove(descriptor: int, size: int, offset: int) -> bytes:
+        path.unlink(missing_ok=True)
+        return pread(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", pread_and_remove)
+    await fixture.finish()
+    assert fixture.recorded == []
+    assert list(path.parent.iterdir()) == []
+    assert await fixture.store.records() == []
+
+
+async def test_a_file_is_recorded_once_whoever_asks(fixture: Fixture) -> None:
+    fixture.write(pcap(5))
+    await asyncio.gather(fixture.finish(), fixture.finish())
+    assert len(fixture.recorded) == 1
 
 
 async def test_counters_lie_beside_the_files_and_go_with_them(fixture: Fixture) -> None:
