@@ -88,6 +88,7 @@ class Agent:
         self._lock = NodeLock(settings.directory / "captures")
         self._store = Store(settings.directory / "captures", node=settings.node, engaged=self._engaged)
         self._tally = Tally()
+        self._keeping = asyncio.Lock()
         self._plan = reconcile.Plan()
         self._files: dict[str, Files] = {}
         self._disk: Disk | None = None
@@ -344,7 +345,9 @@ class Agent:
 
     async def _keep_counters(self, *, urgent: bool) -> None:
         if self._counted.is_set():  # else those of before would be lost
-            await self._store.keep_counters(self._tally.unsaved(urgent=urgent))
+            async with self._keeping:  # else what is older may be written last
+                contents = self._tally.unsaved(urgent=urgent)
+                self._tally.not_kept(await self._store.keep_counters(contents))
 
     async def _say_farewell(self) -> None:
         """Stop everything and write the records while there is time; the next agent would know less of the files."""

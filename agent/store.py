@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ RECORD_SUFFIX: Final = ".json"
 COUNTERS_NAME: Final = "counters.json"
 """In a capture's directory, beside its files: what is counted of it."""
 
+_TEMPORARY_SUFFIX: Final = ".new"
 _READ_BYTES: Final = 1 << 20
 
 log = logging.getLogger(__name__)
@@ -185,12 +187,15 @@ class Store:
         await asyncio.to_thread(self._remove, capture_uid, name)
 
     async def counters(self) -> dict[str, bytes]:
-        """What `keep_counters` wrote, by the capture's UID."""
+        """What `keep_counters` wrote, by the capture's UID. To be called before anything is written."""
         return await asyncio.to_thread(self._all_counters)
 
-    async def keep_counters(self, contents: Mapping[str, bytes]) -> None:
-        """Keep what is counted of captures, by their UIDs, for as long as their directories are there."""
-        await asyncio.to_thread(self._keep_counters, contents)
+    async def keep_counters(self, contents: Mapping[str, bytes]) -> list[str]:
+        """Keep what is counted of captures, by their UIDs, for as long as their directories are there.
+
+        Returns those whose counters could not be written.
+        """
+        return await asyncio.to_thread(self._keep_counters, contents)
 
     async def retain(self, capture_uids: Collection[str], *, writing: Callable[[], Collection[str]]) -> list[str]:
         """Remove the files of all captures but these and those of targets in `writing`. Returns whose were removed."""
@@ -229,10 +234,18 @@ class Store:
         contents = {}
         for capture_uid in self._capture_uids():
             with contextlib.suppress(FileNotFoundError):
+                self._clear_unfinished(capture_uid)
                 contents[capture_uid] = (self._directory / capture_uid / COUNTERS_NAME).read_bytes()
         return contents
 
-    def _keep_counters(self, contents: Mapping[str, bytes]) -> None:
+    def _clear_unfinished(self, capture_uid: str) -> None:
+        """Remove what an agent that died was about to write."""
+        for name in os.listdir(self._directory / capture_uid):
+            if name.startswith(".") and name.endswith(_TEMPORARY_SUFFIX):
+                (self._directory / capture_uid / name).unlink(missing_ok=True)
+
+    def _keep_counters(self, contents: Mapping[str, bytes]) -> list[str]:
+        failed = []
         for capture_uid, content in contents.items():
             try:
                 _write_atomically(self._directory / capture_uid / COUNTERS_NAME, content)
@@ -240,6 +253,8 @@ class Store:
                 continue  # without a directory it has no files, and never had
             except OSError as error:
                 log.warning("counters of capture %s: %s", capture_uid, error)
+                failed.append(capture_uid)
+        return failed
 
     def _names(self, capture_uid: str) -> list[str]:
         with contextlib.suppress(FileNotFoundError):
@@ -483,9 +498,14 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.new")
+    """After a crash there is the old content or the new, but no half of it. Raises OSError."""
+    # A name of its own: a write whose waiter was cancelled goes on.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY_SUFFIX}")
     try:
-        temporary.write_bytes(content)
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
     except OSError:
         with contextlib.suppress(OSError):

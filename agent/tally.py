@@ -233,6 +233,10 @@ class Tally:
         self._urgent.clear()
         return content
 
+    def not_kept(self, capture_uids: Iterable[str]) -> None:
+        """Of what `unsaved` gave this could not be written: it is given again, as urgent."""
+        self._urgent |= self._captures.keys() & set(capture_uids)
+
 
 def _run_key(status: TargetStatus) -> RunKey:
     return RunKey(status.target.capture_uid, _key(status.target.pod_uid, status.started))

@@ -271,6 +271,40 @@ async def test_counters_lie_beside_the_files_and_go_with_them(fixture: Fixture) 
     assert await fixture.store.counters() == {}
 
 
+async def test_counters_that_could_not_be_written_are_named(fixture: Fixture) -> None:
+    other = str(uuid.uuid4())
+    for capture in (CAPTURE, other):
+        fixture.write(pcap(1), capture=capture)
+    (fixture.directory / CAPTURE / "counters.json").mkdir()
+    assert await fixture.store.keep_counters({CAPTURE: b"1", other: b"2"}) == [CAPTURE]
+    assert (fixture.directory / other / "counters.json").read_bytes() == b"2"
+    assert len(list((fixture.directory / CAPTURE).iterdir())) == 2, "nothing half written stays"
+
+
+async def test_writers_of_one_file_do_not_meet(fixture: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that nobody waits for any more goes on beside the next one."""
+    path = fixture.write(pcap(1)).with_name("counters.json")
+    inner = [b"2" * 10]
+    synced: list[bytes] = []
+
+    def fsync(descriptor: int) -> None:
+        if inner:
+            assert asyncio.run(fixture.store.keep_counters({CAPTURE: inner.pop()})) == []  # this is a thread
+        synced.append(Path(f"/proc/self/fd/{descriptor}").read_bytes())
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert await fixture.store.keep_counters({CAPTURE: b"1"}) == []
+    assert synced == [b"2" * 10, b"1"], "all of it is on the disk before it takes its name"
+    assert path.read_bytes() == b"1"
+
+
+async def test_what_a_dead_agent_had_half_written_goes(fixture: Fixture) -> None:
+    path = fixture.write(pcap(1))
+    path.with_name(".counters.json.0123abcd.new").write_bytes(b"{")
+    await fixture.store.counters()
+    assert list(path.parent.iterdir()) == [path]
+
+
 async def test_what_is_not_ours_is_left_and_named_once(fixture: Fixture, caplog: pytest.LogCaptureFixture) -> None:
     (fixture.directory / "theirs").mkdir(parents=True)
     for _ in range(2):

@@ -204,6 +204,14 @@ def test_mere_counters_are_not_urgent_and_nothing_is_kept_twice(tally: Tally) ->
     assert tally.unsaved(urgent=True).keys() == {CAPTURE}
 
 
+def test_what_could_not_be_written_is_given_again(tally: Tally) -> None:
+    tally.observe(told(5, files={0: 5}))
+    kept = tally.unsaved(urgent=False)
+    tally.not_kept([CAPTURE, str(uuid.uuid4())])
+    assert tally.unsaved(urgent=True) == kept
+    assert tally.unsaved(urgent=False) == {}
+
+
 def test_a_capture_that_is_gone_is_forgotten(tally: Tally) -> None:
     tally.observe(told(5, files={0: 5}))
     tally.forget(CAPTURE)
