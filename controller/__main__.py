@@ -7,7 +7,7 @@ from datetime import timedelta
 from controller.bundles import Bundles
 from controller.captures import Captures
 from controller.events import Events
-from controller.leadership import lead
+from controller.leadership import stand
 from controller.policies import create_missing
 from controller.signer import Signer
 from kube.client import Client
@@ -45,7 +45,7 @@ async def main() -> None:
         # A follower is ready too: there is nothing that it could do wrong.
         listening(health({}), port=settings.health_port, grace=1),
     ):
-        await lead(
+        await stand(
             client,
             namespace=settings.namespace,
             name=LEASE,

@@ -1,8 +1,8 @@
 """Work that only one of several replicas may do at a time: whoever holds the Lease.
 
 The election is kubernetes-asyncio's. Around it: errors of kube-apiserver mean "not now" and never end the process, work
-that fails ends it, a lease that could not be renewed in time stops the work, and a clean exit gives the lease back, so
-that the next replica need not wait for it to run out.
+that fails ends it, a lease that could not be renewed in time stops the work until it is won again, and a clean exit
+gives the lease back, so that the next replica need not wait for it to run out.
 """
 
 import asyncio
@@ -73,6 +73,25 @@ async def lead(
             renewing.cancel()
     finally:
         await lock.release()
+
+
+async def stand(
+    client: Client,
+    *,
+    namespace: str,
+    name: str,
+    identity: str,
+    work: Callable[[], Coroutine[Any, Any, None]],
+    timing: Timing = Timing(),
+) -> None:
+    """Lead, and stand again when the lease was lost: all that `work` did is over then. Raises what `work` raises."""
+    while True:
+        try:
+            await lead(client, namespace=namespace, name=name, identity=identity, work=work, timing=timing)
+        except* LeadershipLostError as lost:
+            _log.warning("%s leads no more: %s", identity, "; ".join(str(error) for error in lost.exceptions))
+        else:
+            return
 
 
 async def _renew(election: LeaderElection, lock: "LeaseLock", timing: Timing) -> None:

@@ -631,6 +631,20 @@ async def test_when_the_leader_stops_the_other_goes_on(world: World) -> None:
     await world.becomes("later", "WithinLimit")
 
 
+async def test_the_leader_renews_its_lease_ahead_of_other_requests(world: World) -> None:
+    kubectl = [str(world.plane.kubectl), f"--kubeconfig={world.plane.kubeconfig}", "get", "--raw=/metrics"]
+    served = 'apiserver_flowcontrol_dispatched_requests_total{flow_schema="kubepcap-leader-election"'
+
+    async def renewed() -> bool:
+        metrics = await asyncio.to_thread(subprocess.run, kubectl, check=True, capture_output=True, text=True)
+        return any(
+            line.startswith(served) and 'priority_level="leader-election"' in line
+            for line in metrics.stdout.splitlines()
+        )
+
+    await eventually(renewed)
+
+
 async def test_no_program_asked_for_more_than_it_may(world: World) -> None:
     """After all of the above: the rights in the manifests are enough."""
     for log in sorted(world.directory.glob("*.log")):

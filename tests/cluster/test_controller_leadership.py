@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from controller.leadership import LeadershipLostError, Timing, lead
+from controller.leadership import LeadershipLostError, Timing, lead, stand
 from hack.clusters.bare import BareControlPlane
 from kube.client import LEASES, Client, Json
 from kube.status import StatusError
@@ -145,3 +145,43 @@ async def test_work_stops_when_requests_hang(client: Client) -> None:
             await replica.task
         assert replica.stopped.is_set()
         assert await holder(client, "silence") == "cut-off"
+
+
+async def test_who_lost_the_lease_stands_again_and_never_works_twice_at_once(client: Client) -> None:
+    begun: list[int] = []
+    ended: list[int] = []
+    working = asyncio.Event()
+
+    async def work() -> None:
+        assert len(begun) == len(ended)
+        begun.append(len(begun))
+        working.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(len(ended))
+
+    async with asyncio.timeout(PATIENCE):
+        standing = asyncio.create_task(
+            stand(client, namespace="default", name="again", identity="only", work=work, timing=QUICK)
+        )
+        await working.wait()
+        working.clear()
+        await change(client, "again", holderIdentity="thief")
+        await working.wait()
+        assert (begun, ended) == ([0, 1], [0])
+        assert await holder(client, "again") == "only"
+        standing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await standing
+        assert ended == [0, 1]
+
+
+async def test_who_stands_again_does_not_hide_that_the_work_failed(client: Client) -> None:
+    async def fail() -> None:
+        raise ZeroDivisionError
+
+    async with asyncio.timeout(PATIENCE):
+        with pytest.raises((ZeroDivisionError, ExceptionGroup)) as failed:
+            await stand(client, namespace="default", name="failing", identity="only", work=fail, timing=QUICK)
+    assert "ZeroDivisionError" in repr(failed.value)
