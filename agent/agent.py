@@ -86,7 +86,12 @@ class Agent:
         self._opted_out = namespaces_opted_out(client, self._plan_changed)
         self._capturer = Capturer(settings.socket, on_status=self._told, on_end=self._ended, on_lost=self._lost)
         self._lock = NodeLock(settings.directory / "captures")
-        self._store = Store(settings.directory / "captures", node=settings.node, engaged=self._engaged)
+        self._store = Store(
+            settings.directory / "captures",
+            node=settings.node,
+            engaged=self._engaged,
+            on_error=self._metrics.storage_errors.inc,
+        )
         self._tally = Tally()
         self._keeping = asyncio.Lock()
         self._plan = reconcile.Plan()
@@ -280,12 +285,7 @@ class Agent:
         files = await self._store.usage()
         self._disk = disk.measure(self._settings.directory, files)
         decision = disk.decide(self._disk, files, self._settings.limits, owners=self._owners(), paused=self._paused)
-        for file in decision.remove:
-            log.warning("removing %s of capture %s to keep the disk's limits", file.name, file.capture_uid)
-            await self._store.remove(file.capture_uid, file.name)
-            self._tally.evict(file.capture_uid)
-            self._metrics.evicted.inc()
-        removed = set(decision.remove)
+        removed = {file for file in decision.remove if await self._evict(file)}
         left = [file for file in files if file not in removed]
         self._files = _by_capture(left)
         self._tally.fold(ended, _names_by_capture(left))
@@ -298,7 +298,19 @@ class Agent:
         if removed:
             self._store_changed.set()
         self._facts_changed.set()
-        return decision.allowance
+        return decision.allowance if len(removed) == len(decision.remove) else 0
+
+    async def _evict(self, file: StoredFile) -> bool:
+        log.warning("removing %s of capture %s to keep the disk's limits", file.name, file.capture_uid)
+        try:
+            await self._store.remove(file.capture_uid, file.name)
+        except OSError as error:
+            log.warning("removing %s of capture %s: %s", file.name, file.capture_uid, error)
+            self._metrics.storage_errors.inc()
+            return False
+        self._tally.evict(file.capture_uid)
+        self._metrics.evicted.inc()
+        return True
 
     def _running_of(self, paused: reconcile.Pauses) -> list[TargetStatus]:
         """The runs that a pause ends."""

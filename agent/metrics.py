@@ -45,6 +45,7 @@ class Metrics:
         self._restarts = self._counter("capturer_restarts", "Times that the capturer died.")
         self._restarts_counted = 0
         self.interruptions = self._counter("interruptions", "Captures that were interrupted by that.")
+        self.storage_errors = self._counter("storage_errors", "Times that a file or directory could not be dealt with.")
         self._failures = Counter(
             f"{_PREFIX}_failures",
             "Runs of a capture on a pod that failed, by reason.",

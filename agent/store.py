@@ -104,11 +104,24 @@ class Readable:
 class Store:
     """All capture files below one directory."""
 
-    def __init__(self, directory: Path, *, node: str, engaged: Callable[[], Collection[str] | None]) -> None:
-        """`engaged` tells which targets' files may be written to right now; None when nobody knows."""
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        node: str,
+        engaged: Callable[[], Collection[str] | None],
+        on_error: Callable[[], object] = lambda: None,
+    ) -> None:
+        """`engaged` tells which targets' files may be written to right now; None when nobody knows.
+
+        `on_error` is called, in any thread, for each file and directory that is skipped because it can't be read.
+        """
         self._directory = directory
         self._node = node
         self._engaged = engaged
+        self._on_error = on_error
+        self._said: set[str] = set()
+        self._irremovable: set[tuple[str, str]] = set()
         self._known: dict[str, dict[str, _Known]] = {}
         self._records: dict[str, dict[str, FileRecord]] = {}
         self._times: dict[tuple[str, str], tuple[int, int | None, int | None]] = {}
@@ -183,8 +196,12 @@ class Store:
         return await asyncio.to_thread(self._all_records)
 
     async def remove(self, capture_uid: str, name: str) -> None:
-        """Remove one file and its record."""
-        await asyncio.to_thread(self._remove, capture_uid, name)
+        """Remove one file and its record. Raises OSError, and then `usage` says of the file that it has to stay."""
+        try:
+            await asyncio.to_thread(self._remove, capture_uid, name)
+        except OSError:
+            self._irremovable.add((capture_uid, name))
+            raise
 
     async def counters(self) -> dict[str, bytes]:
         """What `keep_counters` wrote, by the capture's UID. To be called before anything is written."""
@@ -233,7 +250,7 @@ class Store:
     def _all_counters(self) -> dict[str, bytes]:
         contents = {}
         for capture_uid in self._capture_uids():
-            with contextlib.suppress(FileNotFoundError):
+            with self._skipping(f"counters of capture {capture_uid}"):
                 self._clear_unfinished(capture_uid)
                 contents[capture_uid] = (self._directory / capture_uid / COUNTERS_NAME).read_bytes()
         return contents
@@ -260,6 +277,27 @@ class Store:
         with contextlib.suppress(FileNotFoundError):
             return sorted(name for name in os.listdir(self._directory / capture_uid) if names.is_file_name(name))
         return []
+
+    def _readable_names(self, capture_uid: str) -> list[str]:
+        """The same; of a directory that can't be read none."""
+        found: list[str] = []
+        with self._skipping(f"files of capture {capture_uid}"):
+            found = self._names(capture_uid)
+        return found
+
+    @contextlib.contextmanager
+    def _skipping(self, what: str) -> Iterator[None]:
+        """Go on without what can't be read, counted each time and said once; it may also be gone, which is neither."""
+        try:
+            yield
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            self._on_error()
+            text = f"{what}: {error}"
+            if text not in self._said:
+                self._said.add(text)
+                log.warning("%s", text)
 
     def _list(self, capture_uid: str) -> list[PacketCaptureFile]:
         return [file for name in self._names(capture_uid) if (file := self._describe(capture_uid, name)) is not None]
@@ -311,7 +349,7 @@ class Store:
 
     def _unrecorded(self) -> Iterator[tuple[str, str]]:
         for capture_uid in self._capture_uids():
-            for name in self._names(capture_uid):
+            for name in self._readable_names(capture_uid):
                 if self._read_record(capture_uid, name) is None:
                     yield capture_uid, name
 
@@ -319,7 +357,7 @@ class Store:
         return [
             (capture_uid, record)
             for capture_uid in self._capture_uids()
-            for name in self._names(capture_uid)
+            for name in self._readable_names(capture_uid)
             if (record := self._read_record(capture_uid, name)) is not None
         ]
 
@@ -337,7 +375,7 @@ class Store:
         return False
 
     def _read_record(self, capture_uid: str, name: str) -> FileRecord | None:
-        kept = self._records.setdefault(capture_uid, {}).get(name)
+        kept = self._records.get(capture_uid, {}).get(name)
         if kept is not None:
             return kept
         try:
@@ -348,7 +386,7 @@ class Store:
         except (OSError, ValidationError) as error:
             log.warning("the record of %s can't be read and is made anew: %s", name, error)
             return None
-        self._records[capture_uid][name] = record
+        self._records.setdefault(capture_uid, {})[name] = record
         return record
 
     def _record(self, capture_uid: str, name: str, known: _Known | None) -> FileRecord:
@@ -398,7 +436,7 @@ class Store:
         """Also forgets what rotation has removed."""
         files = []
         for capture_uid in self._capture_uids():
-            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            with self._skipping(f"usage of capture {capture_uid}"):
                 known = [*self._records.get(capture_uid, {}), *self._known.get(capture_uid, {})]
                 entries = set(os.listdir(self._directory / capture_uid))
                 present = {name for name in entries if names.is_file_name(name)}
@@ -407,21 +445,25 @@ class Store:
         return sorted(files, key=lambda file: (file.name.rsplit("-", 3)[1], file.name))
 
     def _stored(self, capture_uid: str, name: str) -> StoredFile | None:
-        with contextlib.suppress(FileNotFoundError):
+        stored = None
+        with self._skipping(f"size of {name} of capture {capture_uid}"):
             size = (self._directory / capture_uid / name).stat(follow_symlinks=False).st_size
             known = self._known.get(capture_uid, {}).get(name)
             # On a full disk no record can be written, and the file has to go nevertheless.
             closed = known is not None and not known.status.open
             finished = closed or self._read_record(capture_uid, name) is not None
-            return StoredFile(capture_uid, name, size, finished)
-        return None
+            finished &= (capture_uid, name) not in self._irremovable
+            stored = StoredFile(capture_uid, name, size, finished)
+        return stored
 
     def _forget_rotated(self, capture_uid: str, entries: Collection[str], *, gone: Collection[str]) -> None:
         for entry in entries:
             name = entry.removesuffix(RECORD_SUFFIX)
             if entry != name and names.is_file_name(name) and name not in entries:
-                (self._directory / capture_uid / entry).unlink(missing_ok=True)
+                with self._skipping(f"removing {entry} of capture {capture_uid}"):
+                    (self._directory / capture_uid / entry).unlink()
         for name in gone:
+            self._irremovable.discard((capture_uid, name))
             self._records.get(capture_uid, {}).pop(name, None)
             self._known.get(capture_uid, {}).pop(name, None)
             self._times.pop((capture_uid, name), None)

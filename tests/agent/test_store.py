@@ -58,12 +58,16 @@ def file(sequence: int, *, packets: int, open_: bool, size: int | None = None, d
 class Fixture:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.errors = 0
         self.engaged: Collection[str] | None = []
         self.store = self.restarted()
         self.recorded: list[FileRecord] = []
 
     def restarted(self) -> Store:
-        return Store(self.directory, node="node-1", engaged=lambda: self.engaged)
+        return Store(self.directory, node="node-1", engaged=lambda: self.engaged, on_error=self._count_error)
+
+    def _count_error(self) -> None:
+        self.errors += 1
 
     def write(self, content: bytes, *, sequence: int = 0, capture: str = CAPTURE) -> Path:
         path = self.directory / capture / name(sequence)
@@ -303,6 +307,55 @@ async def test_what_a_dead_agent_had_half_written_goes(fixture: Fixture) -> None
     path.with_name(".counters.json.0123abcd.new").write_bytes(b"{")
     await fixture.store.counters()
     assert list(path.parent.iterdir()) == [path]
+
+
+async def test_one_broken_directory_or_file_hides_no_other(fixture: Fixture, caplog: pytest.LogCaptureFixture) -> None:
+    broken, odd = str(uuid.uuid4()), str(uuid.uuid4())
+    path = fixture.write(pcap(5))
+    fixture.write(pcap(5), capture=odd).with_name("counters.json").mkdir()
+    (fixture.directory / broken).write_bytes(b"not a directory")
+    await fixture.store.keep_counters({CAPTURE: b"1"})
+    assert await fixture.store.counters() == {CAPTURE: b"1"}
+    await fixture.finish()
+    assert [record.packets for record in fixture.recorded] == [5, 5]
+    for _ in range(2):
+        assert {each.capture_uid for each in await fixture.store.usage()} == {CAPTURE, odd}
+    assert len(await fixture.store.records()) == 2
+    assert path.exists()
+    assert len([line for line in caplog.messages if line.startswith(f"usage of capture {broken}")]) == 1
+    assert fixture.errors >= 5
+
+
+async def test_a_file_that_can_not_be_removed_has_to_stay(fixture: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    fixture.write(pcap(5))
+    await fixture.finish()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "read-only file system")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", refuse)
+        with pytest.raises(OSError, match="read-only"):
+            await fixture.store.remove(CAPTURE, name())
+    assert [each.finished for each in await fixture.store.usage()] == [False], "room must be made otherwise"
+
+
+async def test_a_record_is_read_of_a_capture_that_goes_meanwhile(
+    fixture: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixture.write(pcap(5))
+    await fixture.finish()
+    fixture.store = fixture.restarted()
+    loop = asyncio.get_running_loop()
+    validate = FileRecord.model_validate_json
+
+    def validate_late(text: bytes) -> FileRecord:
+        gone = asyncio.run_coroutine_threadsafe(fixture.store.retain([], writing=list), loop)
+        assert gone.result() == [CAPTURE]
+        return validate(text)
+
+    monkeypatch.setattr(FileRecord, "model_validate_json", validate_late)
+    assert [record.packets for _, record in await fixture.store.records()] == [5]
 
 
 async def test_what_is_not_ours_is_left_and_named_once(fixture: Fixture, caplog: pytest.LogCaptureFixture) -> None:
