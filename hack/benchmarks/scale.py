@@ -360,6 +360,7 @@ async def world(plane: BareControlPlane, arguments: argparse.Namespace) -> Async
     crds = f"--filename={PROJECT / 'manifests' / 'crds'}"
     kubectl("apply", crds)
     kubectl("wait", "--for=condition=Established", crds, "--timeout=30s")
+    kubectl("apply", f"--filename={PROJECT / 'manifests' / 'flowcontrol.yaml'}")
     for user in (AGENT, CONTROLLER):
         name = f"bench-{user.rpartition(':')[2]}"
         kubectl("create", "clusterrolebinding", name, "--clusterrole=cluster-admin", f"--user={user}")
