@@ -5,16 +5,22 @@ end to end, with the GIL released. The functions are those of pcap(3PCAP) in lib
 """
 
 import ctypes
+import fcntl
 import os
 import re
 import socket
 import struct
-from typing import Final
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Final, Self
 
 _SUCCESS: Final = 0
 _NETMASK_UNKNOWN: Final = 0xFFFFFFFF
 _PRECISION_NANO: Final = 1
 _SO_ATTACH_FILTER: Final = 26
+_SO_GET_FILTER: Final = 26
+_INSTRUCTION_BYTES: Final = 8  # struct bpf_insn
 _SOL_PACKET: Final = 263
 _PACKET_IGNORE_OUTGOING: Final = 23
 _NO_PROTOCOL: Final = (
@@ -23,6 +29,8 @@ _NO_PROTOCOL: Final = (
 _ALL_PROTOCOLS: Final = 3  # ETH_P_ALL
 _ERROR_BUFFER_SIZE: Final = 256
 _ADDRESS: Final = struct.Struct("=HHi12x")  # struct sockaddr_ll
+_REQUEST: Final = struct.Struct("=16si20x")  # struct ifreq
+_SIOCGIFINDEX: Final = 0x8933
 _DIRECTION: Final = re.compile(r"\b(inbound|outbound)\b")
 
 FILE_HEADER_BYTES: Final = 24
@@ -38,7 +46,19 @@ class FilterError(PcapError):
 
 
 class _Program(ctypes.Structure):
+    length: int
+    instructions: int
+    _memory: "ctypes.Array[ctypes.c_char]"
     _fields_ = (("length", ctypes.c_uint), ("instructions", ctypes.c_void_p))
+
+    def copy(self) -> Self:
+        """One whose instructions live as long as itself."""
+        program = type(self)(self.length)
+        program._memory = ctypes.create_string_buffer(
+            ctypes.string_at(self.instructions, self.length * _INSTRUCTION_BYTES)
+        )
+        program.instructions = ctypes.addressof(program._memory)
+        return program
 
 
 class _Statistics(ctypes.Structure):
@@ -71,6 +91,7 @@ for _name, _result, _arguments in (
     ("pcap_setnonblock", _int, (_pointer, _int, ctypes.c_char_p)),
     ("pcap_get_selectable_fd", _int, (_pointer,)),
     ("pcap_compile", _int, (_pointer, ctypes.POINTER(_Program), ctypes.c_char_p, _int, ctypes.c_uint32)),
+    ("pcap_datalink", _int, (_pointer,)),
     ("pcap_setfilter", _int, (_pointer, ctypes.POINTER(_Program))),
     ("pcap_freecode", None, (ctypes.POINTER(_Program),)),
     ("pcap_stats", _int, (_pointer, ctypes.POINTER(_Statistics))),
@@ -85,6 +106,47 @@ for _name, _result, _arguments in (
     _function.argtypes = _arguments
 
 _PCAP_DUMP: Final = ctypes.cast(_pcap.pcap_dump, _pointer)
+
+
+class Programs:
+    """Compiled filters: hundreds of ports take libpcap seconds, and a filter serves many pods."""
+
+    def __init__(self, most: int = 64) -> None:
+        """Keep the `most` that were asked for last."""
+        self.compilations = 0
+        self._most = most
+        self._programs: OrderedDict[_Key, _Program] = OrderedDict()
+        self._compiling: dict[_Key, threading.Lock] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: "_Key", compiled: Callable[[], _Program]) -> _Program:
+        """The program for these, by `compiled` if need be, for which others with the same key wait. Raises as it."""
+        with self._lock:
+            turn = self._compiling.setdefault(key, threading.Lock())
+        with turn:
+            with self._lock:
+                program = self._programs.get(key)
+            if program is None:
+                try:
+                    program = compiled()
+                except BaseException:
+                    with self._lock:
+                        self._compiling.pop(key, None)
+                    raise
+            with self._lock:
+                self.compilations += key not in self._programs
+                self._programs[key] = program
+                self._programs.move_to_end(key)
+                if len(self._programs) > self._most:
+                    oldest, _ = self._programs.popitem(last=False)
+                    self._compiling.pop(oldest, None)
+        return program
+
+
+_Key = tuple[int, int, str]
+"""Link type, snap length, pcap-filter(7) expression."""
+
+programs: Final = Programs()
 
 
 class Handle:
@@ -128,19 +190,40 @@ class Handle:
     def set_filter(self, expression: str) -> None:
         """Let only what matches `expression` (pcap-filter(7)) through the gate. Raises FilterError, PcapError.
 
-        Compiled for the live handle: a program compiled without one never sees VLAN tags, which Linux strips.
+        Compiled for a live handle: a program compiled without one never sees VLAN tags, which Linux strips.
         """
         if word := _DIRECTION.search(expression):
             raise FilterError(
                 f"{word[0]!r} in a filter loses packets: libpcap can't tell it of those it filters itself"
             )
-        program = _Program()
-        if _pcap.pcap_compile(self._handle, ctypes.byref(program), expression.encode(), 1, _NETMASK_UNKNOWN) < 0:
+        program = programs.get(
+            (_pcap.pcap_datalink(self._handle), self.snap_length, expression), lambda: self._compile(expression)
+        )
+        self._check(_pcap.pcap_setfilter(self._handle, ctypes.byref(program)))
+        if not self._kernel_filters():
+            raise FilterError(
+                f"the kernel does not take a filter of {program.length} instructions: name fewer ports and addresses"
+            )
+
+    def _compile(self, expression: str) -> _Program:
+        compiled = _Program()
+        if _pcap.pcap_compile(self._handle, ctypes.byref(compiled), expression.encode(), 1, _NETMASK_UNKNOWN) < 0:
             raise FilterError(_text(_pcap.pcap_geterr(self._handle)))
         try:
-            self._check(_pcap.pcap_setfilter(self._handle, ctypes.byref(program)))
+            return compiled.copy()
         finally:
-            _pcap.pcap_freecode(ctypes.byref(program))
+            _pcap.pcap_freecode(ctypes.byref(compiled))
+
+    def _kernel_filters(self) -> bool:
+        """Whether the socket has a filter. When the kernel refuses one, libpcap filters by itself and says nothing.
+
+        Then nobody could tell what was dropped from what did not match. Raises OSError.
+        """
+        count = ctypes.c_uint(0)  # of instructions; none is to be copied
+        if _libc.getsockopt(self.descriptor, socket.SOL_SOCKET, _SO_GET_FILTER, None, ctypes.byref(count)):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        return count.value > 0
 
     def open_gate(self, *, loopback: bool = False) -> None:
         """Let packets in from now on, all of which are counted and have passed the filter. Raises PcapError.
@@ -155,12 +238,14 @@ class Handle:
             if loopback:
                 with socket.socket(fileno=os.dup(self.descriptor)) as duplicate:
                     duplicate.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
-            self._bind(socket.if_nametoindex(self._interface))  # type: ignore[arg-type]
+            self._bind()
         except OSError as error:
             raise PcapError(error.strerror) from error
 
-    def _bind(self, index: int) -> None:
-        """packet(7); socket.bind would take the interface by its name, and only one that is UTF-8. Raises OSError."""
+    def _bind(self) -> None:
+        """As socket.bind does, which takes no name but one in UTF-8 (packet(7), netdevice(7)). Raises OSError."""
+        answer = fcntl.ioctl(self.descriptor, _SIOCGIFINDEX, _REQUEST.pack(self._interface, 0))
+        _, index = _REQUEST.unpack(answer)
         address = _ADDRESS.pack(socket.AF_PACKET, socket.htons(_ALL_PROTOCOLS), index)
         if _libc.bind(self.descriptor, address, len(address)):
             number = ctypes.get_errno()

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 from scapy.utils import RawPcapReader
 
+from agent.capturer import libpcap
 from agent.capturer.dump import Buffer, Dump
-from agent.capturer.libpcap import Handle
+from agent.capturer.libpcap import FilterError, Handle
 from agent.capturer.protocol import State
 from tests.agent.world import HEADERS, PORT, Capturer, Pod, eventually, in_namespace, run
 
@@ -220,3 +221,32 @@ def test_from_the_first_packet_of_a_capture_to_its_last_none_is_missing(pod: Pod
     finally:
         stop.set()
         flooding.join()
+
+
+def test_a_filter_that_the_kernel_does_not_take_is_refused(pod: Pod) -> None:
+    """libpcap would filter by itself, and all that does not match would count as dropped."""
+    with pytest.raises(FilterError, match="the kernel does not take a filter of"):
+        opened(pod, " or ".join(f"host 10.1.{number // 250}.{number % 250}" for number in range(2200)))
+
+
+def test_a_filter_is_compiled_once_for_all_that_use_it(pod: Pod) -> None:
+    expression = f"udp port {PORT} and not host 10.201.7.7"
+    before = libpcap.programs.compilations
+    handles: list[Handle] = []
+    threads = [threading.Thread(target=lambda: handles.append(opened(pod, expression))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(handles), libpcap.programs.compilations) == (4, before + 1)
+    pod.receive(10)
+    pod.receive(10, port=PORT + 1)
+    assert [handle.statistics() for handle in handles] == [(10, 0)] * 4
+    for handle in handles:
+        handle.close()
+
+
+def test_a_filter_that_does_not_compile_is_told_each_time(pod: Pod) -> None:
+    for _ in range(2):
+        with pytest.raises(FilterError, match="syntax error"):
+            opened(pod, "udp port")
