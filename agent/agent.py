@@ -406,6 +406,9 @@ class Agent:
 
     def _recorded(self, capture_uid: str, record: FileRecord) -> None:
         self._tally.settle(capture_uid, record)
+        if record.write_error:
+            self._tally.interrupt(capture_uid, now=datetime.now(UTC))
+            self._metrics.interruptions.inc()
         if record.recovered:
             self._metrics.recovered.inc()
             self._metrics.torn.inc(record.torn_bytes)

@@ -58,6 +58,8 @@ class FileRecord(PacketCaptureFile):
     """Whether its writer died: then what it had not written yet is in no file."""
     torn_bytes: int = 0
     """Bytes of a packet half written that were cut off its end."""
+    write_error: str | None = None
+    """Why the kernel could not bring all of it to the disk, if so: then some of it may be lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,24 +282,29 @@ class Store:
 
     def _readable_names(self, capture_uid: str) -> list[str]:
         """The same; of a directory that can't be read none."""
-        found: list[str] = []
-        with self._skipping(f"files of capture {capture_uid}"):
-            found = self._names(capture_uid)
-        return found
+        try:
+            return self._names(capture_uid)
+        except OSError as error:
+            self._skip(f"files of capture {capture_uid}", error)
+            return []
 
     @contextlib.contextmanager
     def _skipping(self, what: str) -> Iterator[None]:
-        """Go on without what can't be read, counted each time and said once; it may also be gone, which is neither."""
+        """Go on without what can't be read; when it is gone there is nothing to say."""
         try:
             yield
         except FileNotFoundError:
             return
         except OSError as error:
-            self._on_error()
-            text = f"{what}: {error}"
-            if text not in self._said:
-                self._said.add(text)
-                log.warning("%s", text)
+            self._skip(what, error)
+
+    def _skip(self, what: str, error: OSError) -> None:
+        """Count it each time, and say it once."""
+        self._on_error()
+        text = f"{what}: {error}"
+        if text not in self._said:
+            self._said.add(text)
+            log.warning("%s", text)
 
     def _list(self, capture_uid: str) -> list[PacketCaptureFile]:
         return [file for name in self._names(capture_uid) if (file := self._describe(capture_uid, name)) is not None]
@@ -400,6 +407,9 @@ class Store:
                 raise FileNotFoundError(f"{name} ended within its header")
             if end.torn:
                 _cut(path, end.size)
+            write_error = _sync(descriptor)
+            if write_error:
+                log.warning("%s did not reach the disk: %s", name, write_error)
             digest = _sha256(descriptor, end.size)
         series, _ = Series.of(name)
         pod, _, interface = series.prefix.partition("_")
@@ -427,6 +437,7 @@ class Store:
             closed=names.format_time(end.closed),
             recovered=not closed,
             torn_bytes=end.torn,
+            write_error=write_error,
         )
         _write_atomically(path.with_name(f"{name}{RECORD_SUFFIX}"), record.model_dump_json(exclude_none=True).encode())
         self._records.setdefault(capture_uid, {})[name] = record
@@ -445,16 +456,18 @@ class Store:
         return sorted(files, key=lambda file: (file.name.rsplit("-", 3)[1], file.name))
 
     def _stored(self, capture_uid: str, name: str) -> StoredFile | None:
-        stored = None
-        with self._skipping(f"size of {name} of capture {capture_uid}"):
+        try:
             size = (self._directory / capture_uid / name).stat(follow_symlinks=False).st_size
-            known = self._known.get(capture_uid, {}).get(name)
-            # On a full disk no record can be written, and the file has to go nevertheless.
-            closed = known is not None and not known.status.open
-            finished = closed or self._read_record(capture_uid, name) is not None
-            finished &= (capture_uid, name) not in self._irremovable
-            stored = StoredFile(capture_uid, name, size, finished)
-        return stored
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self._skip(f"size of {name} of capture {capture_uid}", error)
+            return None
+        known = self._known.get(capture_uid, {}).get(name)
+        # On a full disk no record can be written, and the file has to go nevertheless.
+        closed = known is not None and not known.status.open
+        finished = closed or self._read_record(capture_uid, name) is not None
+        return StoredFile(capture_uid, name, size, finished and (capture_uid, name) not in self._irremovable)
 
     def _forget_rotated(self, capture_uid: str, entries: Collection[str], *, gone: Collection[str]) -> None:
         for entry in entries:
@@ -512,6 +525,15 @@ def _cut(path: Path, size: int) -> None:
             os.close(descriptor)
     except OSError as error:
         log.warning("the torn end of %s stays: %s", path.name, error)
+
+
+def _sync(descriptor: int) -> str | None:
+    """Have the kernel write what it holds of the file. Returns why it can't, or could not earlier (fsync(2))."""
+    try:
+        os.fdatasync(descriptor)
+    except OSError as error:
+        return str(error)
+    return None
 
 
 def _format(moment: int | None) -> str | None:

@@ -239,6 +239,21 @@ async def test_a_file_that_the_capturer_closed_can_go_before_it_has_a_record(fix
     assert fixture.recorded == []
 
 
+async def test_what_the_kernel_could_not_write_is_told_in_the_record(
+    fixture: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixture.write(pcap(5))
+    fixture.store.observe(status(file(0, packets=5, open_=False)))
+
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    await fixture.finish()
+    assert [record.write_error for record in fixture.recorded] == ["[Errno 5] input/output error"]
+    assert [record.write_error for _, record in await fixture.restarted().records()] == ["[Errno 5] input/output error"]
+
+
 async def test_a_file_that_goes_while_it_is_hashed_is_not_told_of(
     fixture: Fixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
