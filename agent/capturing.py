@@ -50,11 +50,15 @@ class RefusedError(CapturerError):
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """A run that ended although it is still wanted, kept until the next one settled."""
+    """A run that ended although it is still wanted, and since when the next one has been well, if it is.
+
+    It is kept meanwhile: when that one ends too before it was well for longer than `pause`, the next pause is longer.
+    """
 
     status: TargetStatus
     pause: float
     retry_at: float
+    well_since: float | None = None
 
 
 class Capturer:
@@ -114,7 +118,7 @@ class Capturer:
     def status(self, target_id: str) -> TargetStatus | None:
         """What a wanted target does; after a failure that of the last run, until another one settled."""
         failure = self._failures.get(target_id)
-        return failure.status if failure is not None else self._statuses.get(target_id)
+        return failure.status if failure and failure.well_since is None else self._statuses.get(target_id)
 
     def running(self) -> list[TargetStatus]:
         """All runs of which the capturer still has a status."""
@@ -208,8 +212,11 @@ class Capturer:
                 tasks.create_task(action, name=f"start {target_id}")
 
     def _seconds_to_retry(self) -> float | None:
-        retries = [failure.retry_at for target_id, failure in self._failures.items() if target_id not in self._statuses]
-        return max(0.01, min(retries) - self._clock()) if retries else None
+        now = self._clock()
+        absent = [failure for target_id, failure in self._failures.items() if target_id not in self._statuses]
+        # What is due is being started, or waits for a start to be done, which is a change.
+        retries = [failure.retry_at for failure in absent if failure.retry_at > now]
+        return max(0.01, min(retries) - now) if retries else None
 
     async def _start(self, target: Target) -> None:
         try:
@@ -217,9 +224,7 @@ class Capturer:
             for status in reply.targets:
                 self._told(status)
                 if not status.state.ended:
-                    failure = self._failures.pop(target.id, None)
-                    if failure is not None and _is_ours(failure.status):
-                        self._on_lost([failure.status])
+                    self._settled(target.id)
         except RefusedError as error:  # it ended just now, or knows another target by this name: stopped, then started
             log.info("starting %s: %s", target.id, error)
             self._refused.add(target.id)
@@ -239,12 +244,20 @@ class Capturer:
             self._working.discard(target_id)
             self._changed.set()
 
+    def _settled(self, target_id: str) -> None:
+        failure = self._failures.get(target_id)
+        if failure is None or failure.well_since is not None:
+            return
+        self._failures[target_id] = replace(failure, well_since=self._clock())
+        if _is_ours(failure.status):
+            self._on_lost([failure.status])
+
     def _ended(self, status: TargetStatus) -> None:
         target_id = status.target.id
         if self._wanted is not None and self._wanted.get(target_id) == status.target:
-            earlier = self._failures.get(target_id)
-            pause = min(earlier.pause * 2, _LONGEST_RETRY) if earlier else _FIRST_RETRY
-            self._failures[target_id] = _Failure(status, pause, self._clock() + pause)
+            now = self._clock()
+            pause = _pause_after(self._failures.get(target_id), now)
+            self._failures[target_id] = _Failure(status, pause, now + pause)
             if status.state is State.FAILED:
                 log.warning("capturing pod %s failed: %s (%s)", status.target.pod_name, status.message, status.reason)
         self._on_end(status)
@@ -295,6 +308,13 @@ class Capturer:
             if not future.done():
                 future.set_exception(CapturerError("the capturer went away"))
         self._working.clear()
+
+
+def _pause_after(earlier: _Failure | None, now: float) -> float:
+    """How long to wait after a run that ended now; `earlier` is the failure before it."""
+    if earlier is None or (earlier.well_since is not None and now - earlier.well_since > earlier.pause):
+        return _FIRST_RETRY
+    return min(earlier.pause * 2, _LONGEST_RETRY)
 
 
 def _is_ours(ended: TargetStatus) -> bool:

@@ -8,16 +8,29 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from agent.capturer.protocol import State, TargetStatus
-from agent.capturing import Capturer, CapturerError
+from agent.capturer.protocol import (
+    Changed,
+    Reply,
+    Report,
+    Start,
+    State,
+    Stop,
+    Target,
+    TargetStatus,
+    decode,
+    encode,
+)
+from agent.capturing import Capturer, CapturerError, _Failure, _pause_after
 from tests.agent import world
 from tests.agent.world import Pod
 
 PATIENCE = 20
+UID = "5e6e5a3c-7b1c-4b53-9a0e-0d3c6a3c1f10"
 
 
 class Client:
@@ -151,6 +164,68 @@ async def test_what_failed_is_tried_again_and_says_why_meanwhile(client: Client,
     world.run("ip", "-n", pod.namespace, "link", "set", "eth0", "name", "later", "up")
     world.run("ip", "-n", pod.namespace, "link", "set", "later", "up")
     await eventually(lambda: client.state(target.id) is State.CAPTURING)
+
+
+async def test_who_starts_well_and_fails_at_once_is_tried_again_less_and_less_often(tmp_path: Path) -> None:
+    """As on a disk that is all but full."""
+    begun: list[float] = []
+    closed = asyncio.Event()
+
+    async def capturer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while line := await reader.readline():
+                message = decode(line)
+                assert isinstance(message, Start | Stop | Report)
+                statuses: tuple[TargetStatus, ...] = ()
+                if isinstance(message, Start):
+                    begun.append(time.monotonic())
+                    statuses = (TargetStatus(target=message.target, started=len(begun), state=State.CAPTURING),)
+                failed = TargetStatus(target=target, started=len(begun), state=State.FAILED, reason="WriteFailed")
+                if isinstance(message, Stop):
+                    statuses = (failed,)
+                writer.write(encode(Reply(request=message.request, worker=1, targets=statuses)))
+                if isinstance(message, Start):
+                    await asyncio.sleep(0.05)
+                    writer.write(encode(Changed(target=failed)))
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
+        closed.set()
+
+    target = Target(capture_uid=UID, pod_uid=UID, pod_name="web-0", pod_addresses=("10.0.0.1",))
+    path = tmp_path / "capturer.sock"
+    client = Client(path)
+    async with await asyncio.start_unix_server(capturer, path):
+        task = asyncio.create_task(client.capturer.run())
+        client.capturer.want({target.id: target})
+        await eventually(lambda: len(client.lost) == 2)  # each gap is told of once, when it is over
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        await closed.wait()
+    pauses = [after - before for before, after in pairwise(begun)]
+    assert len(pauses) == 2
+    assert pauses[0] >= 0.5
+    assert pauses[1] >= 1.0
+
+
+@pytest.mark.parametrize(
+    ("earlier", "pause"),
+    [
+        (None, 0.5),
+        ((2.0, None), 4.0),
+        ((2.0, 98.0), 4.0),
+        ((2.0, 97.9), 0.5),
+        ((30.0, None), 30.0),
+    ],
+)
+def test_a_pause_is_forgotten_after_a_run_that_was_well_for_longer(
+    earlier: tuple[float, float | None] | None, pause: float
+) -> None:
+    target = Target(capture_uid=UID, pod_uid=UID, pod_name="web-0", pod_addresses=("10.0.0.1",))
+    status = TargetStatus(target=target, started=1, state=State.FAILED)
+    failure = _Failure(status, earlier[0], 0.0, well_since=earlier[1]) if earlier else None
+    assert _pause_after(failure, 100.0) == pause
 
 
 async def test_many_targets_are_started_and_stopped(client: Client, pod: Pod) -> None:
