@@ -284,7 +284,14 @@ class Agent:
         ended = self._tally.ended()
         files = await self._store.usage()
         self._disk = disk.measure(self._settings.directory, files)
-        decision = disk.decide(self._disk, files, self._settings.limits, owners=self._owners(), paused=self._paused)
+        decision = disk.decide(
+            self._disk,
+            files,
+            self._settings.limits,
+            owners=self._owners(),
+            paused=self._paused,
+            inodes=disk.measure_inodes(self._settings.directory),
+        )
         removed = {file for file in decision.remove if await self._evict(file)}
         left = [file for file in files if file not in removed]
         self._files = _by_capture(left)

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from agent.reconcile import Pauses, Verdict
 from agent.store import StoredFile
@@ -23,6 +24,8 @@ class Limits:
     free: int
     free_percent: int = 0
     namespace: int = 1 << 60
+    free_files_percent: int = 5
+    """Of the files (inodes) that the file system can hold so many percent must stay free: small ones take these."""
 
     def floor(self, disk: Disk) -> int:
         return max(self.free, disk.capacity * self.free_percent // 100)
@@ -48,13 +51,30 @@ class Decision:
     allowance: int
 
 
+@dataclass(frozen=True, slots=True)
+class Inodes:
+    """Files that the file system can hold, and how many more. Some file systems don't say: both are 0."""
+
+    capacity: int = 0
+    free: int = 0
+
+
+def measure_inodes(directory: Path) -> Inodes:
+    """As they are. Raises OSError."""
+    space = os.statvfs(directory)
+    return Inodes(space.f_files, space.f_favail)
+
+
+_NO_INODES: Final = Inodes()
+
+
 def measure(directory: Path, files: Sequence[StoredFile]) -> Disk:
     """The file system as it is. Raises OSError."""
     space = os.statvfs(directory)
     return Disk(
         capacity=space.f_blocks * space.f_frsize,
         free=space.f_bavail * space.f_frsize,
-        used=sum(file.size for file in files),
+        used=sum(file.space for file in files),
     )
 
 
@@ -65,7 +85,13 @@ def free_bytes(directory: Path) -> int:
 
 
 def decide(
-    disk: Disk, files: Sequence[StoredFile], limits: Limits, *, owners: Mapping[str, Owner], paused: Pauses
+    disk: Disk,
+    files: Sequence[StoredFile],
+    limits: Limits,
+    *,
+    owners: Mapping[str, Owner],
+    paused: Pauses,
+    inodes: Inodes = _NO_INODES,
 ) -> Decision:
     """In each scope that is over its limit finished files go, the oldest first (`files` are in that order).
 
@@ -90,7 +116,8 @@ def decide(
         message="capture files of this namespace take {used} of the node's disk, and {limit} are allowed "
         "(MAX_NAMESPACE_BYTES): its captures pause",
     )
-    node = guard.keep_node(disk, limits, paused.node)
+    full = guard.keep_inodes(inodes, limits, paused.node)
+    node = guard.keep_node(disk, limits, paused.node) or full
     return Decision(tuple(guard.removed), Pauses(node, namespaces, captures), guard.allowance)
 
 
@@ -128,7 +155,7 @@ class _Guard:
 
     def keep(self, files: Sequence[StoredFile], *, limit: int, paused: bool) -> int | None:
         """Remove what is too much. Returns what the files take when that is still too much, else None."""
-        used = sum(file.size for file in files)
+        used = sum(file.space for file in files)
         most = limit - limit // 8 if paused else limit
         used -= self._remove(files, used - most)
         self._allow(limit - used, limit)
@@ -139,7 +166,7 @@ class _Guard:
         least = floor + floor // 8 if paused else floor
         most = limits.used - limits.used // 8 if paused else limits.used
         remaining = self.files
-        used, free = sum(file.size for file in remaining), disk.free + sum(file.size for file in self.removed)
+        used, free = sum(file.space for file in remaining), disk.free + sum(file.space for file in self.removed)
         removed = self._remove(remaining, max(used - most, least - free))
         used, free = used - removed, free + removed
         self._allow(limits.used - used, limits.used)
@@ -153,6 +180,18 @@ class _Guard:
             return None
         return paused or Verdict("Error", "DiskPressure", message)
 
+    def keep_inodes(self, inodes: Inodes, limits: Limits, paused: Verdict | None) -> Verdict | None:
+        """Each file has a record: that makes two. Bytes and files share the node's verdict."""
+        floor = inodes.capacity * limits.free_files_percent // 100
+        least = floor + floor // 8 if paused else floor
+        missing = least - inodes.free - 2 * len(self.removed)
+        going = [file for file in self.files if file.finished][: max(0, -(-missing // 2))]
+        self.removed.update(dict.fromkeys(going))
+        if missing <= 2 * len(going):
+            return None
+        message = f"{inodes.free} more files fit on the node's disk and {least} must: captures pause until then"
+        return paused or Verdict("Error", "DiskPressure", message)
+
     def _remove(self, files: Iterable[StoredFile], excess: int) -> int:
         removed = 0
         for file in files:
@@ -160,7 +199,7 @@ class _Guard:
                 break
             if file.finished:
                 self.removed[file] = None
-                removed += file.size
+                removed += file.space
         return removed
 
     def _allow(self, left: int, whole: int) -> None:

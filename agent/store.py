@@ -85,12 +85,13 @@ class _End:
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A file on the disk, finished or not."""
+    """A file on the disk, finished or not. `space` is what it takes of the disk together with its record, in bytes."""
 
     capture_uid: str
     name: str
     size: int
     finished: bool
+    space: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -457,7 +458,8 @@ class Store:
 
     def _stored(self, capture_uid: str, name: str) -> StoredFile | None:
         try:
-            size = (self._directory / capture_uid / name).stat(follow_symlinks=False).st_size
+            path = self._directory / capture_uid / name
+            size, space = _size_and_space(path)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -467,7 +469,10 @@ class Store:
         # On a full disk no record can be written, and the file has to go nevertheless.
         closed = known is not None and not known.status.open
         finished = closed or self._read_record(capture_uid, name) is not None
-        return StoredFile(capture_uid, name, size, finished and (capture_uid, name) not in self._irremovable)
+        with self._skipping(f"size of the record of {name} of capture {capture_uid}"):
+            space += _size_and_space(path.with_name(f"{name}{RECORD_SUFFIX}"))[1]
+        finished &= (capture_uid, name) not in self._irremovable
+        return StoredFile(capture_uid, name, size, finished, space)
 
     def _forget_rotated(self, capture_uid: str, entries: Collection[str], *, gone: Collection[str]) -> None:
         for entry in entries:
@@ -513,6 +518,12 @@ def _torn_end(descriptor: int, known: _Known | None) -> _End:
         walk = pcapfile.whole_size(descriptor)
         packets, first, last = walk.packets, walk.first, walk.last
     return _End(walk.end, packets, first, last, status.st_mtime_ns, torn=status.st_size - walk.end)
+
+
+def _size_and_space(path: Path) -> tuple[int, int]:
+    """How long a file is, and what it takes of the disk, in bytes: whole blocks. Raises OSError."""
+    status = path.stat(follow_symlinks=False)
+    return status.st_size, max(status.st_size, status.st_blocks * 512)  # blocks may be given only when written back
 
 
 def _cut(path: Path, size: int) -> None:

@@ -4,16 +4,21 @@ from pathlib import Path
 
 import pytest
 
-from agent.disk import Decision, Limits, Owner, decide, free_bytes, measure
+from agent.disk import Decision, Inodes, Limits, Owner, decide, free_bytes, measure
 from agent.reconcile import Pauses, Verdict
 from agent.store import StoredFile
 from api.capturenode import Disk
 
+
+def stored(capture: str, name: str, *, finished: bool) -> StoredFile:
+    return StoredFile(capture, name, 60, finished=finished, space=100)
+
+
 FILES = [
-    StoredFile("u", "oldest", 100, finished=True),
-    StoredFile("u", "writing", 100, finished=False),
-    StoredFile("v", "newer", 100, finished=True),
-    StoredFile("u", "newest", 100, finished=True),
+    stored("u", "oldest", finished=True),
+    stored("u", "writing", finished=False),
+    stored("v", "newer", finished=True),
+    stored("u", "newest", finished=True),
 ]
 FULL = Verdict("Error", "DiskPressure", "as it was")
 PAUSED = Pauses(node=FULL)
@@ -100,7 +105,7 @@ def test_files_that_a_narrower_scope_gave_up_need_not_go_twice() -> None:
 
 
 def test_files_of_no_known_capture_count_for_the_node_alone() -> None:
-    files = [StoredFile("w", "stray", 100, finished=True), *FILES]
+    files = [stored("w", "stray", finished=True), *FILES]
     assert names(decision(files=files, namespace_limit=300)) == []
     assert names(decision(files=files, used_limit=450)) == ["stray"]
 
@@ -116,6 +121,32 @@ def test_the_floor_is_a_share_of_the_file_system_too() -> None:
     assert paused(14) is None
 
 
+@pytest.mark.parametrize(
+    ("free", "paused", "gone", "pauses"),
+    [
+        (50, False, [], False),
+        (49, False, ["oldest"], False),
+        (45, False, ["oldest", "newer", "newest"], False),
+        (43, False, ["oldest", "newer", "newest"], True),
+        (56, True, [], False),
+        (54, True, ["oldest"], False),
+    ],
+)
+def test_a_share_of_the_inodes_stays_free(free: int, paused: bool, gone: list[str], pauses: bool) -> None:
+    """A file and its record are two of them; a pause needs an eighth to spare."""
+    disk = Disk(capacity=20_000, free=10_000, used=400)
+    made = decide(
+        disk,
+        FILES,
+        Limits(used=10_000, free=0),
+        owners={},
+        paused=PAUSED if paused else Pauses(),
+        inodes=Inodes(capacity=1000, free=free),
+    )
+    assert names(made) == gone
+    assert (made.paused.node is not None) is pauses
+
+
 def test_a_pause_ends_only_when_there_is_an_eighth_to_spare() -> None:
     assert decision(used_limit=110, paused=PAUSED).paused.node == FULL, "100 are left, and an eighth is not to spare"
     assert decision(used_limit=120, paused=PAUSED).paused.node is None
@@ -127,7 +158,7 @@ def test_a_pause_ends_only_when_there_is_an_eighth_to_spare() -> None:
 
 
 def test_older_files_make_the_room_that_ends_a_pause() -> None:
-    finished = [StoredFile("u", str(number), 100, finished=True) for number in range(10)]
+    finished = [stored("u", str(number), finished=True) for number in range(10)]
     made = decision(files=finished, capture_limits={"u": 1000}, paused=Pauses(captures={"u": FULL}))
     assert names(made) == ["0", "1"]
     assert made.paused == Pauses()

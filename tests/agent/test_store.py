@@ -254,6 +254,15 @@ async def test_what_the_kernel_could_not_write_is_told_in_the_record(
     assert [record.write_error for _, record in await fixture.restarted().records()] == ["[Errno 5] input/output error"]
 
 
+async def test_a_file_takes_whole_blocks_and_so_does_its_record(fixture: Fixture) -> None:
+    path = fixture.write(pcap(0))
+    await fixture.finish()
+    (used,) = await fixture.store.usage()
+    blocks = sum(each.stat().st_blocks for each in path.parent.iterdir())
+    assert (used.size, used.space) == (24, 512 * blocks)
+    assert len(list(path.parent.iterdir())) == 2
+
+
 async def test_a_file_that_goes_while_it_is_hashed_is_not_told_of(
     fixture: Fixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
