@@ -93,6 +93,7 @@ class Capturer:
         self._changed = Signal()
         self._numbers = itertools.count(1)
         self._replies: dict[int, asyncio.Future[Reply]] = {}
+        self._parts: dict[int, list[TargetStatus]] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._known = asyncio.Event()
 
@@ -283,6 +284,7 @@ class Capturer:
             reply = await future
         finally:
             self._replies.pop(message.request, None)
+            self._parts.pop(message.request, None)
         if reply.error:
             raise RefusedError(f"the capturer refused: {reply.error}")
         return reply
@@ -294,10 +296,17 @@ class Capturer:
                 # A change may overtake the answer to a stop, but never tells of a run that was forgotten.
                 self._told_in_part(message.target)
             elif isinstance(message, Reply):
-                future = self._replies.get(message.request)
-                if future is not None and not future.done():
-                    future.set_result(message)
+                self._replied(message)
         raise ConnectionResetError("the capturer closed it")
+
+    def _replied(self, reply: Reply) -> None:
+        future = self._replies.get(reply.request)
+        if future is None or future.done():
+            return
+        parts = self._parts.setdefault(reply.request, [])
+        parts += reply.targets
+        if not reply.more:
+            future.set_result(replace(reply, targets=tuple(parts)))
 
     def _disconnected(self) -> None:
         self._known.clear()

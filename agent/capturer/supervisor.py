@@ -75,12 +75,17 @@ class Supervisor:
         pause = _SHORTEST_PAUSE
         while True:
             started = time.monotonic()
-            status = self._supervise(self._start())
-            if status is None:
-                return
-            if time.monotonic() - started >= _STEADY_SECONDS:
-                pause = _SHORTEST_PAUSE
-            log.error("the worker ended with status %d; restarting it in %.2f s", status, pause)
+            try:
+                worker = self._start()
+            except OSError as error:  # the system gives no more processes or no memory
+                log.error("the worker can't be started: %s; trying again in %.2f s", error, pause)  # noqa: TRY400 - often
+            else:
+                status = self._supervise(worker)
+                if status is None:
+                    return
+                if time.monotonic() - started >= _STEADY_SECONDS:
+                    pause = _SHORTEST_PAUSE
+                log.error("the worker ended with status %d; restarting it in %.2f s", status, pause)
             if signal.sigtimedwait(_END, pause) is not None:
                 return
             pause = min(pause * 2, _LONGEST_PAUSE)
@@ -100,6 +105,7 @@ class Supervisor:
         command = [sys.executable, "-S", "-E", "-m", "agent.capturer.worker"]
         command += ["--listener", str(descriptors[0]), "--captures", str(descriptors[1])]
         command += ["--allow-uid", str(self._settings.agent_uid)]
+        command += ["--supervisor", str(os.getpid())]
         command += ["--host-namespace", str(self._settings.host_namespace)]
         return subprocess.Popen(command, cwd=_ROOT, pass_fds=descriptors, stdin=subprocess.DEVNULL)
 

@@ -174,6 +174,11 @@ class TargetCapture:
         return state is State.CAPTURING or state.ended
 
     @property
+    def stopping(self) -> bool:
+        """Whether it was told to stop, be it over or not."""
+        return self._stopping
+
+    @property
     def ended(self) -> bool:
         return self._outcome is not None
 

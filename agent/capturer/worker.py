@@ -18,7 +18,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -91,7 +91,7 @@ class _Waiting:
 
     connection: _Connection
     done: Callable[[], bool]
-    answer: Callable[[], Reply]
+    answer: Callable[[], Iterable[Reply]]
 
 
 class Worker:
@@ -195,7 +195,7 @@ class Worker:
 
     def _seconds_to_wait(self) -> float | None:
         """Until the next end of a target, but a second at most: the clock may be set meanwhile."""
-        ends = [target.target.until for target in self._targets.values() if not target.ended]
+        ends = [target.target.until for target in self._targets.values() if not (target.stopping or target.ended)]
         return longest_wait([end for end in ends if end is not None], now=self._clock(), waiting=bool(self._waiting))
 
     def _stop_due(self) -> None:
@@ -223,7 +223,8 @@ class Worker:
             if request.connection not in self._connections:
                 continue
             if request.done():
-                self._send(request.connection, request.answer())
+                for reply in request.answer():
+                    self._send(request.connection, reply)
             else:
                 self._waiting.append(request)
 
@@ -313,7 +314,7 @@ class Worker:
             )
             self._targets[message.target.id] = target
             log.info("start %s (%s)", message.target.id, message.target.pod_name)
-        self._wait(connection, lambda: target.settled, lambda: self._reply(message.request, [target]))
+        self._wait(connection, lambda: target.settled, lambda: [self._reply(message.request, [target])])
 
     def _stop(self, connection: _Connection, message: Stop) -> None:
         target = self._targets.get(message.id)
@@ -323,11 +324,11 @@ class Worker:
         target.stop()
         log.info("stop %s (%s)", message.id, target.target.pod_name)
 
-        def forget() -> Reply:
+        def forget() -> list[Reply]:
             if self._targets.get(message.id) is target:
                 del self._targets[message.id]
                 self._announced.pop(message.id, None)
-            return self._reply(message.request, [target])
+            return [self._reply(message.request, [target])]
 
         self._wait(connection, lambda: target.ended, forget)
 
@@ -335,9 +336,16 @@ class Worker:
         ids = self._targets.keys() if message.ids is None else message.ids
         targets = [self._targets[target_id] for target_id in ids if target_id in self._targets]
         refreshed = [target.refresh(flush=message.flush) for target in targets]
-        self._wait(connection, lambda: all(done() for done in refreshed), lambda: self._reply(message.request, targets))
 
-    def _wait(self, connection: _Connection, done: Callable[[], bool], answer: Callable[[], Reply]) -> None:
+        def answers() -> Iterator[Reply]:
+            # One by one, since all files of all targets are too much for a message.
+            for target in targets:
+                yield replace(self._reply(message.request, [target]), more=True)
+            yield self._reply(message.request, [])
+
+        self._wait(connection, lambda: all(done() for done in refreshed), answers)
+
+    def _wait(self, connection: _Connection, done: Callable[[], bool], answer: Callable[[], Iterable[Reply]]) -> None:
         self._waiting.append(_Waiting(connection, done, answer))
 
     def _answer(self, connection: _Connection, request: int, *, error: str = "") -> None:
@@ -379,12 +387,15 @@ def main() -> None:
     parser.add_argument("--listener", type=int, required=True, help="descriptor of the listening Unix socket")
     parser.add_argument("--captures", type=int, required=True, help="descriptor of the directory for the files")
     parser.add_argument("--host-namespace", type=Path, required=True, help="the node's network namespace")
+    parser.add_argument("--supervisor", type=int, required=True, help="number of the process that starts this one")
     parser.add_argument("--allow-uid", type=int, action="append", default=[], help="who may connect")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     threading.stack_size(_STACK_BYTES)
     sys.setswitchinterval(_SWITCH_SECONDS)  # a capture that has a batch waits no longer for a thread busy with Python
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # never outlive the supervisor
+    if os.getppid() != arguments.supervisor:
+        sys.exit("the supervisor ended before the worker began")
     worker = Worker(
         socket.socket(fileno=arguments.listener),
         captures=arguments.captures,

@@ -9,7 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -193,13 +193,17 @@ class Capturer:
         return self.ask(Report(request=self._number(), flush=flush)).targets
 
     def ask(self, message: Start | Stop | Report) -> Reply:
+        """All replies to it as one."""
         self._channel.sendall(encode(message))
+        targets: tuple[TargetStatus, ...] = ()
         while True:
             answer = self.read()
             if isinstance(answer, Reply):
                 assert answer.request == message.request
                 assert not answer.error, answer.error
-                return answer
+                targets += answer.targets
+                if not answer.more:
+                    return replace(answer, targets=targets)
 
     def read(self) -> Reply | Changed:
         line = self._lines.readline()

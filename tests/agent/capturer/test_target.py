@@ -327,3 +327,22 @@ class TestEnd:
             eventually(lambda: becomes(State.STOPPED))
             worker.close()
         os.close(captures)
+
+    def test_the_worker_has_nothing_to_do_until_a_target_that_stops_has_ended(self, pod: Pod, tmp_path: Path) -> None:
+        path = tmp_path / "socket"
+        captures = open_captures(tmp_path)
+        with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as agent:
+            listener.bind(str(path))
+            listener.listen()
+            worker = Worker(listener, captures=captures, host_namespace=HOST, allowed_uids=frozenset({0}))
+            worker.open()
+            agent.connect(str(path))
+            target = pod.target(until=time.time() + 1)
+            agent.sendall(encode(Start(request=1, target=target)))
+            turns = 0
+            while worker.states.get(target.id) is not State.STOPPED:
+                worker.turn()
+                turns += 1
+                assert turns < 100, "it spins"
+            worker.close()
+        os.close(captures)

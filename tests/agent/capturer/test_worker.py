@@ -1,18 +1,21 @@
 """What passes between an agent and the worker, and between two capturers that meet."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import uuid
 from pathlib import Path
 
 import pytest
 
 from agent.capturer.protocol import FileStatus, Message, Reply, Report, State, Stop, encode
-from agent.capturer.supervisor import open_captures
+from agent.capturer.supervisor import Settings, Supervisor, open_captures
 from tests.agent.world import HOST, Capturer, Pod, eventually
 
 
@@ -48,6 +51,53 @@ def test_replies_tell_one_worker_from_the_next(pod: Pod, capturer: Capturer) -> 
     capturer.read_to_end()
     capturer.connect()
     assert capturer.ask(Report(request=1003)).worker > first
+
+
+def test_each_target_is_told_in_a_message_of_its_own(pod: Pod, capturer: Capturer) -> None:
+    """All files of all targets might be too much for one."""
+    targets = [pod.target(capture_uid=str(uuid.uuid4()), ring_bytes=1 << 19) for _ in range(3)]
+    for target in targets:
+        capturer.start(target)
+    capturer._channel.sendall(encode(Report(request=1001)))
+    replies: list[Reply] = []
+    while not replies or replies[-1].more:
+        message = capturer.read()
+        if isinstance(message, Reply):
+            replies.append(message)
+    assert [(reply.request, reply.more) for reply in replies] == [(1001, True)] * 3 + [(1001, False)]
+    assert [[status.target for status in reply.targets] for reply in replies] == [[target] for target in targets] + [[]]
+
+
+def test_a_worker_whose_supervisor_ended_before_it_began_ends_too(tmp_path: Path) -> None:
+    captures = open_captures(tmp_path)
+    with socket.socket(socket.AF_UNIX) as listener:
+        descriptors = (listener.fileno(), captures)
+        command = [sys.executable, "-m", "agent.capturer.worker", "--supervisor", "1", "--host-namespace", str(HOST)]
+        command += ["--listener", str(descriptors[0]), "--captures", str(descriptors[1])]
+        done = subprocess.run(command, pass_fds=descriptors, capture_output=True, text=True, check=False, timeout=20)
+    os.close(captures)
+    assert done.returncode == 1
+    assert "the supervisor ended before the worker began" in done.stderr
+
+
+def test_a_worker_that_cannot_be_started_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts = 0
+
+    def start(*_: object, **__: object) -> None:
+        nonlocal attempts
+        attempts += 1
+        if attempts == 3:
+            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD})
+    try:
+        with socket.socket(socket.AF_UNIX) as listener:
+            Supervisor(listener, captures=0, settings=Settings.parse({})).run()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    assert attempts == 3
 
 
 def test_many_stops_at_once_hold_up_nobody(pod: Pod, capturer: Capturer) -> None:
