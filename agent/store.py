@@ -159,6 +159,7 @@ class Store:
         """Write the records that are missing. `on_record` gets each of them, with the capture's UID."""
         async with self._finishing:
             await self._finish(on_record)
+            await asyncio.to_thread(self._remove_superseded)
 
     async def _finish(self, on_record: Callable[[str, FileRecord], None]) -> None:
         before = self._engaged()
@@ -280,6 +281,21 @@ class Store:
         with contextlib.suppress(FileNotFoundError):
             return sorted(name for name in os.listdir(self._directory / capture_uid) if names.is_file_name(name))
         return []
+
+    def _remove_superseded(self) -> None:
+        """Remove finished files without a packet where the same interface has a later one.
+
+        Runs that fail again and again would leave any number of them.
+        """
+        for capture_uid in self._capture_uids():
+            latest: dict[Series, str] = {}
+            for name in sorted(self._readable_names(capture_uid), key=names.created):
+                series, _ = Series.of(name)
+                earlier, latest[series] = latest.get(series), name
+                record = self._read_record(capture_uid, earlier) if earlier else None
+                if record is not None and not record.received and not record.packets:
+                    with self._skipping(f"removing {record.name} of capture {capture_uid}"):
+                        self._remove(capture_uid, record.name)
 
     def _readable_names(self, capture_uid: str) -> list[str]:
         """The same; of a directory that can't be read none."""

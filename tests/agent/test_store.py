@@ -254,6 +254,14 @@ async def test_what_the_kernel_could_not_write_is_told_in_the_record(
     assert [record.write_error for _, record in await fixture.restarted().records()] == ["[Errno 5] input/output error"]
 
 
+async def test_of_files_without_a_packet_only_the_latest_stays(fixture: Fixture) -> None:
+    for sequence, packets in enumerate((0, 3, 0, 0)):
+        fixture.write(pcap(packets), sequence=sequence)
+    await fixture.finish()
+    left = sorted(path.name for path in (fixture.directory / CAPTURE).iterdir())
+    assert left == sorted(each for kept in (1, 3) for each in (name(kept), f"{name(kept)}.json"))
+
+
 async def test_a_file_takes_whole_blocks_and_so_does_its_record(fixture: Fixture) -> None:
     path = fixture.write(pcap(0))
     await fixture.finish()
