@@ -15,7 +15,7 @@ import tempfile
 import time
 import urllib.parse
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,6 +33,7 @@ from kube.serve import run
 from kube.watch import Cache, Key, Signal
 
 NAMESPACE: Final = "dev"
+_AGENTS_PER_CLIENT: Final = 25
 _BURST_SECONDS: Final = 0.02
 _CHUNK: Final = 1 << 18
 _DISK: Final = Disk(capacity=100 << 30, free=80 << 30, used=1 << 30)
@@ -110,9 +111,20 @@ def _placed(document: Json) -> tuple[str, Pod]:
 async def work(arguments: argparse.Namespace) -> NoReturn:
     """Be the agents of these nodes."""
     intervals = Intervals()
-    async with Client.connect(user_agent="kubepcap-agent", kubeconfig=arguments.kubeconfig) as client:
-        names = [node_name(index) for index in range(arguments.first, arguments.first + arguments.count)]
-        agents = {name: Agent(client, name, intervals=intervals) for name in names}
+    names = [node_name(index) for index in range(arguments.first, arguments.first + arguments.count)]
+    async with AsyncExitStack() as connected:
+
+        async def connect() -> Client:
+            client = Client.connect(user_agent="kubepcap-agent", kubeconfig=arguments.kubeconfig)
+            return await connected.enter_async_context(client)
+
+        client = await connect()
+        # Real agents never wait for each other's connections.
+        writers = [await connect() for _ in range(0, len(names), _AGENTS_PER_CLIENT)]
+        agents = {
+            name: Agent(writers[index // _AGENTS_PER_CLIENT], name, intervals=intervals)
+            for index, name in enumerate(names)
+        }
 
         def all_changed(_: object) -> None:
             for agent in agents.values():
