@@ -224,8 +224,6 @@ class InterfaceCapture:
             size = end - start
             self._bytes += size + _RING_HEADER_BYTES * packets
             self._mean_size = size // packets
-            if self._room_due:
-                self._make_room()
             dump.check()
             self._place(packets, start, end)
         return packets == wanted
@@ -341,6 +339,8 @@ class InterfaceCapture:
         self._count_dropped()
         self._last_flush = time.monotonic()
         self._unflushed = False
+        if self._room_due and file.packets:
+            self._make_room()
 
     def _count_dropped(self) -> None:
         """What the kernel had no room for; at the end all that it let in and that is in no file."""
@@ -369,8 +369,8 @@ class InterfaceCapture:
     def _make_room(self) -> None:
         """Remove the oldest files that are too many beside the current one.
 
-        A capture that starts does so with its first packets only: one that starts again and again without any traffic,
-        or on a full disk, must not push out what it captured before.
+        A capture that starts does so once its first packets are written: one that starts again and again without any
+        traffic, or on a full disk, must not push out what it captured before.
         """
         self._room_due = False
         while len(self._earlier) + len(self._closed) >= self._target.max_files:

@@ -1,6 +1,7 @@
 """A real capturer on real traffic: every packet counted, and read back from the files."""
 
 import os
+import resource
 import signal
 import subprocess
 import time
@@ -11,6 +12,7 @@ import pytest
 from scapy.utils import RawPcapReader
 
 from agent.capturer.capture import rest
+from agent.capturer.libpcap import FILE_HEADER_BYTES
 from agent.capturer.protocol import State
 from tests.agent.world import HEADERS, PORT, Capturer, Pod, eventually, make_pod, send
 
@@ -100,6 +102,24 @@ def test_rotation_keeps_the_newest_files(pod: Pod, capturer: Capturer) -> None:
     assert len(files) == 3
     kept = [number for file in files for number in payloads_in(file)]
     assert kept == list(range(kept[0], 10_000))
+
+
+def test_starting_again_where_nothing_can_be_written_keeps_what_was_captured_before(
+    pod: Pod, capturer: Capturer
+) -> None:
+    target = pod.target(max_files=1)
+    capturer.start(target)
+    pod.receive(10)
+    capturer.stop(target)
+    (kept,) = capturer.files(target)
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # A file takes its header and not one packet.
+    resource.prlimit(capturer.worker_pid(), resource.RLIMIT_FSIZE, (FILE_HEADER_BYTES, most))
+    capturer.start(target)
+    pod.receive(10)
+    assert capturer.next_state(State.FAILED).reason == "WriteFailed"
+    assert payloads_in(kept) == list(range(10))
+    capturer.stop(target)
 
 
 def test_starting_again_without_traffic_keeps_what_was_captured_before(pod: Pod, capturer: Capturer) -> None:
