@@ -123,7 +123,7 @@ class World:
     agents: dict[str, Agent]
     log: Path
     uid: str = ""
-    seen: dict[str, list[Json]] = field(default_factory=dict)
+    seen: dict[str, list[str]] = field(default_factory=dict)
     process: asyncio.subprocess.Process = field(init=False)
 
     async def kubectl(self, *arguments: str, given: bytes = b"") -> tuple[int | None, bytes, str]:
@@ -315,8 +315,8 @@ async def _create_capture(world: World, namespace: str, name: str) -> str:
     for node in (*ADDRESSES, "node-4"):
         seen = {"namespace": namespace, "name": name, "uid": uid, "state": "Capturing"}
         captures = world.seen.setdefault(node, [])
-        captures.append(seen)
-        body = _object(CAPTURENODES.api_version, CAPTURENODES.kind, node) | {"status": {"captures": captures}}
+        captures.append(json.dumps(seen))
+        body = _object(CAPTURENODES.api_version, CAPTURENODES.kind, node) | {"status": {"reports": captures}}
         await world.client.apply(CAPTURENODES, node, body, field_manager="test")
         with suppress(StatusError):
             await world.client.apply(CAPTURENODES, node, body, field_manager="test", subresource="status")

@@ -26,24 +26,12 @@ def tmpfs(directory: Path, *, size: int) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Disk:
-    """A mounted ext4 on a loop device, whose medium can be lost and come back."""
+    """A mounted ext4 on a loop device."""
 
     directory: Path
     image: Path
     device: str
     size: int
-
-    def cut_short(self) -> None:
-        """Take away most of the medium: the kernel answers EIO from now on for what lay there."""
-        self._resize(self.size // 16)
-
-    def mend(self) -> None:
-        self._resize(self.size)
-
-    def _resize(self, size: int) -> None:
-        with self.image.open("r+b") as file:
-            file.truncate(size)
-        run("losetup", "--set-capacity", self.device)
 
     def fill(self) -> Path:
         """Let somebody else take all that is free; returns their file."""

@@ -45,25 +45,6 @@ def disk(failing: Target, capturer: Capturer, tmp_path: Path) -> Iterator[Disk]:
         yield disk
 
 
-def test_a_medium_that_is_lost_fails_its_capture_alone_and_nothing_that_was_flushed_is_lost(
-    pod: Pod, capturer: Capturer, failing: Target, healthy: Target, disk: Disk
-) -> None:
-    """Real EIO: the loop device is cut short beneath the file system. Buffered writes would meet it only later."""
-    capturer.start(failing)
-    capturer.start(healthy)
-    pod.receive(3000, size=DATAGRAM)
-    assert flushed(capturer, failing).interfaces[0].packets == 3000
-    disk.cut_short()
-    status = fail(pod, capturer, failing)
-    assert (status.state, status.reason) == (State.FAILED, "WriteFailed")
-    assert "Input/output error" in status.message
-    assert state(capturer, healthy) is State.CAPTURING
-    assert_accounted(pod, capturer, healthy)
-
-    disk.mend()
-    assert_the_next_run_captures(pod, capturer, failing)
-
-
 def test_a_disk_that_others_fill_fails_its_captures_alone(
     pod: Pod, capturer: Capturer, failing: Target, healthy: Target, disk: Disk
 ) -> None:

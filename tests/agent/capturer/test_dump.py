@@ -1,5 +1,6 @@
 """Files are filled to the last packet that fits, and not a byte further, whatever the sizes of packets and buffers."""
 
+import errno
 import itertools
 import os
 import struct
@@ -7,10 +8,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.capturer.dump import Buffer, Dump, Rest
+from agent.capturer.dump import Buffer, Dump, Rest, WriteError
 
 HEADER = b"h" * 24
 BUFFER = Buffer(4096)
@@ -90,3 +92,21 @@ def test_a_file_that_is_cut_ends_there_and_can_be_gone_on_with(tmp_path: Path) -
     dump.cut(size)
     dump.close()
     assert (tmp_path / "file").read_bytes() == HEADER + record(1, 100)
+
+
+def test_a_write_that_the_kernel_answers_with_an_error_is_told_and_nothing_after_it_is_tried() -> None:
+    """A real EIO, of the only file that gives it without harm: memory that is not mapped.
+
+    A disk whose medium is lost would be nearer to life; cutting one short beneath a mounted ext4 stopped this kernel.
+    """
+    handle: Any = Stream()
+    dump = Dump(handle, os.open("/proc/self/mem", os.O_RDWR), BUFFER, limit=1 << 30)
+    dump.append(Rest(HEADER, 0))
+    with pytest.raises(WriteError) as error:
+        dump.flush()
+    assert error.value.errno == errno.EIO
+    with pytest.raises(WriteError, match="Input/output error"):
+        dump.append(Rest(b"." * 2 * BUFFER.size, 1))
+    with pytest.raises(WriteError, match="Input/output error"):
+        dump.check()
+    dump.close()

@@ -31,8 +31,8 @@ def answer(*files: object) -> bytes:
 
 
 def capture_node(name: str, *uids: str) -> CaptureNode:
-    captures = [{"namespace": "dev", "name": "web", "uid": uid, "state": "Capturing"} for uid in uids]
-    return CaptureNode.model_validate({"metadata": {"name": name}, "status": {"captures": captures}})
+    reports = [json.dumps({"namespace": "dev", "name": "web", "uid": uid, "state": "Capturing"}) for uid in uids]
+    return CaptureNode.model_validate({"metadata": {"name": name}, "status": {"reports": reports}})
 
 
 def test_only_nodes_that_name_the_captures_uid_are_asked() -> None:
