@@ -188,7 +188,7 @@ def dumpcap(wire: Wire, setup: Setup) -> AbstractContextManager[Recording]:
 
 def require() -> None:
     """Install what is compared. Raises Failure."""
-    install("tcpdump", "tshark", "wireshark-common", "iproute2", "libpcap0.8")
+    install("tcpdump", "tshark", "wireshark-common", "iproute2", "procps", "libpcap0.8")
     missing = [program for program in ("tcpdump", "dumpcap") if shutil.which(program) is None]
     if missing:
         raise Failure(f"{', '.join(missing)} was installed and can't be found in PATH")
