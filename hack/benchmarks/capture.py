@@ -1,7 +1,7 @@
 """`hack/bench capture`: our capturer, tcpdump and dumpcap in turn on the same traffic; every file is read back."""
 
 import argparse
-import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -235,7 +235,8 @@ def _interleaved(
     """The engines take turns, so that what else the machine does meets all of them."""
     runs: dict[str, list[Run]] = {engine: [] for engine in case.engines}
     for engine in turns(case.engines, repeats=repeats):
-        os.sync()  # or the next one would pay for this one's writes
+        # Or the next one would pay for this one's writes; and of this file system alone, whatever ails another.
+        subprocess.run(["sync", "--file-system", directory], check=True)
         runs[engine].append(measure(line, case, engine, seconds=seconds, directory=directory))
     return iter(runs.items())
 
