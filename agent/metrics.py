@@ -3,15 +3,15 @@
 No label names a capture, a pod or a namespace: their number has no bound, and one tenant's are none of another's.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Final, get_args
+from collections.abc import Sequence
+from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from agent.capturer.protocol import State, TargetStatus
 from agent.tally import Count
 from api.capturenode import Capturer, Disk, NodeCapture
-from api.packetcapture import Phase
+from api.packetcapture import PHASES
 
 _PREFIX: Final = "kubepcap_agent"
 
@@ -33,18 +33,18 @@ class Metrics:
         self._ring_bytes = self._gauge("ring_bytes", "Kernel memory of the interfaces' rings.")
         self._files = self._gauge("files", "Capture files on the node.")
         self._disk_capacity = self._gauge("disk_capacity_bytes", "Size of the file system with the capture files.")
-        self._disk_free = self._gauge("disk_free_bytes", "What is free of it.")
-        self._disk_used = self._gauge("disk_used_bytes", "What capture files take of it.")
+        self._disk_free = self._gauge("disk_free_bytes", "Free bytes of the file system with the capture files.")
+        self._disk_used = self._gauge("disk_used_bytes", "Bytes that capture files take of their file system.")
         self._packets = self._counter("packets", "Packets written.")
         self._dropped = self._counter("dropped_packets", "Packets that passed a filter and were lost.")
         self._seen = self._counter("seen_packets", "Packets that captured interfaces counted, filtered or not.")
         self._written = self._counter("written_bytes", "Bytes written to capture files.")
         self.evicted = self._counter("evicted_files", "Files removed to keep the disk's limits.")
         self.recovered = self._counter("recovered_files", "Files finished by the agent since their writer died.")
-        self.torn = self._counter("torn_bytes", "Bytes of half packets cut off such files.")
+        self.torn = self._counter("torn_bytes", "Bytes of half packets cut off files that the agent finished.")
         self._restarts = self._counter("capturer_restarts", "Times that the capturer died.")
         self._restarts_counted = 0
-        self.interruptions = self._counter("interruptions", "Captures that were interrupted by that.")
+        self.interruptions = self._counter("interruptions", "Interruptions of captures, whatever caused them.")
         self.storage_errors = self._counter("storage_errors", "Times that a file or directory could not be dealt with.")
         self._failures = Counter(
             f"{_PREFIX}_failures",
@@ -77,7 +77,7 @@ class Metrics:
     ) -> None:
         """What the CaptureNode says."""
         states = [capture.state for capture in captures]
-        for state in _phases():
+        for state in PHASES:
             self._captures.labels(state).set(states.count(state))
         self._targets.set(targets)
         self._files.set(files)
@@ -97,8 +97,3 @@ class Metrics:
 
     def _counter(self, name: str, meaning: str) -> Counter:
         return Counter(f"{_PREFIX}_{name}", meaning, registry=self._registry)
-
-
-def _phases() -> Iterable[Phase]:
-    phases: tuple[Phase, ...] = get_args(Phase)
-    return phases

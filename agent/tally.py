@@ -188,7 +188,7 @@ class Tally:
         self._urgent.add(capture_uid)
 
     def interrupt(self, capture_uid: str, *, now: datetime) -> None:
-        """The capturer died with a run of this capture, and is back."""
+        """Packets of this capture may be missing: it stopped, or could not be written, though it should go on."""
         counters = self._captures[capture_uid]
         counters.interruptions += 1
         counters.interrupted_at = now

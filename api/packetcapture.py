@@ -23,6 +23,7 @@ and the kernel takes no program of more than 4096 instructions."""
 LOOPBACK = "lo"
 
 Phase = Literal["Scheduled", "WaitingForTraffic", "Capturing", "Finished", "Error"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
 
 Protocol = Literal["TCP", "UDP", "ICMP", "ICMPv6", "SCTP", "UDPLite"]
 _PROTOCOLS: dict[str, str] = {name.lower(): name for name in get_args(Protocol)}

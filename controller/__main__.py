@@ -7,7 +7,7 @@ from datetime import timedelta
 from controller.bundles import Bundles
 from controller.captures import Captures
 from controller.events import Events
-from controller.leadership import stand
+from controller.leadership import lead, stand
 from controller.policies import create_missing
 from controller.signer import Signer
 from kube.client import Client
@@ -46,11 +46,14 @@ async def main() -> None:
         listening(health({}), port=settings.health_port, grace=1),
     ):
         await stand(
-            client,
-            namespace=settings.namespace,
-            name=LEASE,
+            lambda: lead(
+                client,
+                namespace=settings.namespace,
+                name=LEASE,
+                identity=settings.pod,
+                work=lambda: work(client, settings),
+            ),
             identity=settings.pod,
-            work=lambda: work(client, settings),
         )
 
 

@@ -75,19 +75,11 @@ async def lead(
         await lock.release()
 
 
-async def stand(
-    client: Client,
-    *,
-    namespace: str,
-    name: str,
-    identity: str,
-    work: Callable[[], Coroutine[Any, Any, None]],
-    timing: Timing = Timing(),
-) -> None:
-    """Lead, and stand again when the lease was lost: all that `work` did is over then. Raises what `work` raises."""
+async def stand(attempt: Callable[[], Coroutine[Any, Any, None]], *, identity: str) -> None:
+    """`attempt` to lead, again and again when the lease was lost: what it did is over then. Raises what it raises."""
     while True:
         try:
-            await lead(client, namespace=namespace, name=name, identity=identity, work=work, timing=timing)
+            await attempt()
         except* LeadershipLostError as lost:
             _log.warning("%s leads no more: %s", identity, "; ".join(str(error) for error in lost.exceptions))
         else:

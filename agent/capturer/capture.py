@@ -1,6 +1,7 @@
 """One captured interface: a thread that moves packets from the kernel's ring to files and turns the files over.
 
-Everything here happens once per batch of up to 4096 packets, never once per packet. A thread of its own, so that a disk
+Everything here happens once per batch of up to 4096 packets, never once per packet; only where a file is full are
+the records of one batch looked at. A thread of its own, so that a disk
 that stalls one capture stalls no other. The thread alone touches its handle and file; others read `status`, which is
 replaced as a whole, and ask for things by `stop` and `flush`.
 """
@@ -22,7 +23,7 @@ from agent.capturer.protocol import FileStatus, InterfaceStatus, State, Target
 from agent.capturer.wakeup import WakeUp
 from api import names
 
-BATCH: Final = 4096
+_BATCH: Final = 4096
 """Packets per dispatch at most: the bound of what a stop, a flush or a rotation waits for."""
 
 _SMALLEST_BATCH: Final = 64
@@ -36,7 +37,7 @@ _DRAIN_POLL_SECONDS: Final = 0.005
 _HANDOVER_MARGIN_SECONDS: Final = 0.02
 _LONGEST_WAIT_SECONDS: Final = 3600.0  # poll(2) takes milliseconds in 31 bits
 _RING_HEADER_BYTES: Final = 64  # of a packet in the ring, beyond those of its record in the file
-_BLOCK_BYTES: Final = 256 << 10  # of the ring, as libpcap makes them
+_RING_BLOCK_BYTES: Final = 256 << 10  # of the ring, as libpcap makes them
 _SHORTEST_REST_SECONDS: Final = 0.0025
 _LONGEST_REST_SECONDS: Final = 0.01
 _FILE_MODE: Final = 0o660  # the agent cuts off what a writer that died left half written
@@ -203,7 +204,7 @@ class InterfaceCapture:
                 now, size = time.monotonic(), self._bytes
                 # After a longer wait nobody knows yet how fast they come now.
                 if waited <= _LONGEST_REST_SECONDS and (
-                    pause := rest(size - earlier, now - emptied, ring=self._target.ring_bytes)
+                    pause := pause_for(size - earlier, now - emptied, ring=self._target.ring_bytes)
                 ):
                     time.sleep(pause)
                 emptied, earlier = now, size
@@ -231,7 +232,7 @@ class InterfaceCapture:
     def _most_packets(self) -> int:
         """How many to take at once, so that what the file has no room for stays small in memory."""
         size = min(_BATCH_BYTES, 2 * self._target.max_file_bytes)
-        return max(_SMALLEST_BATCH, min(BATCH, size // self._mean_size))
+        return max(_SMALLEST_BATCH, min(_BATCH, size // self._mean_size))
 
     def _place(self, packets: int, start: int, end: int) -> None:
         """Count the packets that were written from `start` to `end`. What the file has no room for begins the next."""
@@ -477,14 +478,14 @@ class InterfaceCapture:
         return self._file
 
 
-def rest(size: int, seconds: float, *, ring: int) -> float:
+def pause_for(size: int, seconds: float, *, ring: int) -> float:
     """How long to wait, in seconds, for a fuller ring after `size` bytes of it that came in `seconds`.
 
     To wake for each block costs nearly half as much as its packets. So until an eighth of the ring is full if they go
     on to come as fast, and never long; not at all when they come so slowly that the kernel's timer handed them over,
     nor when they come so fast that the ring may be full before the thread is woken.
     """
-    if size < _BLOCK_BYTES // 2:
+    if size < _RING_BLOCK_BYTES // 2:
         return 0.0
     pause = ring / 8 * seconds / size
     return min(_LONGEST_REST_SECONDS, pause) if pause >= _SHORTEST_REST_SECONDS else 0.0

@@ -18,7 +18,7 @@ from typing import Final
 from agent.capturer.libpcap import RECORD_HEADER_BYTES, Handle
 
 _IOFBF: Final = 0
-_BLOCK_BYTES: Final = 4096
+_DISK_BLOCK_BYTES: Final = 4096
 _CAPTURED: Final = struct.Struct("=8xI4x")
 
 _pointer = ctypes.c_void_p
@@ -108,11 +108,6 @@ class Dump:
         """Where the last packet ends that was dispatched, be it in the file, in memory, or beyond the limit."""
         return self._written + len(self._beyond) + self._pending
 
-    @property
-    def is_over(self) -> bool:
-        """Whether some packets have no room: then `split` comes before anything else."""
-        return self.tell() > self._limit
-
     def check(self) -> None:
         """Raise WriteError if a write failed: pcap_dump returns nothing."""
         if self._error is not None:
@@ -129,7 +124,7 @@ class Dump:
         self._copied = end
 
     def split(self, start: int) -> Rest:
-        """End the file with the last packet that has room, and return the others. Raises WriteError.
+        """End the file, when it is over its limit, with the last packet that has room; the others. Raises WriteError.
 
         `start` is a record's boundary within the limit, not far before it.
         """
@@ -189,7 +184,9 @@ class Dump:
             self._beyond += data
             return size
         direct = (
-            self._direct if size % _BLOCK_BYTES == self._written % _BLOCK_BYTES == address % _BLOCK_BYTES == 0 else None
+            self._direct
+            if size % _DISK_BLOCK_BYTES == self._written % _DISK_BLOCK_BYTES == address % _DISK_BLOCK_BYTES == 0
+            else None
         )
         try:
             self._put(memoryview(data), self._written, direct=direct)
@@ -234,7 +231,7 @@ def open_direct(descriptor: int, buffer: Buffer) -> int | None:
         raise
     try:
         if os.fstat(descriptor).st_size == 0:
-            os.pwrite(direct, buffer.view[:_BLOCK_BYTES], 0)
+            os.pwrite(direct, buffer.view[:_DISK_BLOCK_BYTES], 0)
             os.ftruncate(descriptor, 0)
     except OSError as error:
         os.close(direct)

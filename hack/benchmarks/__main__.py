@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from types import FrameType
 
 from hack.benchmarks import capture, idle, scale, start
 from hack.clusters.failure import Failure
@@ -27,7 +26,7 @@ def main() -> None:
         return
     if os.geteuid() != 0:
         sys.exit("hack/bench: network namespaces need root")
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was made is removed
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what starting a cluster says is no part of the outcome
             outcome = BENCHMARKS[arguments.benchmark].run(arguments)
@@ -36,10 +35,6 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     print(outcome.json() if arguments.json else outcome.text())
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt  # so that what was made is removed
 
 
 if __name__ == "__main__":

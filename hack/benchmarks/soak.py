@@ -10,7 +10,6 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
-from types import FrameType
 
 from hack.benchmarks import engines
 from hack.clusters.bare import bare_control_plane
@@ -60,7 +59,7 @@ def main() -> None:
     arguments.seed = arguments.seed or str(random.SystemRandom().randrange(10**6))
     if os.geteuid() != 0:
         sys.exit("hack/soak: network namespaces need root")
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was made is removed
     try:
         engines.require()
         with tempfile.TemporaryDirectory(prefix="kubepcap-soak-", ignore_cleanup_errors=True) as place:
@@ -70,10 +69,6 @@ def main() -> None:
         sys.exit(f"hack/soak: {failure}")
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt  # so that what was made is removed
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """A real kube-apiserver for each test run: etcd beside it, on loopback, in about four seconds."""
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
 from hack.clusters.bare import BareControlPlane, bare_control_plane
+from kube.client import PACKETCAPTURES
+from tests.agent.world import Capturer, make_pod
+from tests.cluster.world import World, node
 
 CRDS = Path(__file__).parents[2] / "manifests" / "crds"
 
@@ -39,3 +42,18 @@ def guarded_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BareCont
     with bare_control_plane(tmp_path_factory.mktemp("guarded-plane")) as plane:
         teach(plane)
         yield plane
+
+
+@pytest.fixture
+async def cluster(crds: BareControlPlane, tmp_path: Path) -> AsyncIterator[World]:
+    """A node whose agent runs."""
+    with make_pod() as pod:
+        capturer = Capturer(tmp_path)
+        async with node(crds, tmp_path, pod=pod, capturer=capturer) as made:
+            await made.start_agent()
+            yield made
+            if made.process.returncode is None:
+                assert await made.stop_agent() == 0
+            for item in (await made.client.list(PACKETCAPTURES, namespace=made.namespace)).items:
+                await made.client.delete(PACKETCAPTURES, item["metadata"]["name"], namespace=made.namespace)
+        made.capturer.close()

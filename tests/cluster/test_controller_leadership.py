@@ -163,7 +163,10 @@ async def test_who_lost_the_lease_stands_again_and_never_works_twice_at_once(cli
 
     async with asyncio.timeout(PATIENCE):
         standing = asyncio.create_task(
-            stand(client, namespace="default", name="again", identity="only", work=work, timing=QUICK)
+            stand(
+                lambda: lead(client, namespace="default", name="again", identity="only", work=work, timing=QUICK),
+                identity="only",
+            )
         )
         await working.wait()
         working.clear()
@@ -183,5 +186,8 @@ async def test_who_stands_again_does_not_hide_that_the_work_failed(client: Clien
 
     async with asyncio.timeout(PATIENCE):
         with pytest.raises((ZeroDivisionError, ExceptionGroup)) as failed:
-            await stand(client, namespace="default", name="failing", identity="only", work=fail, timing=QUICK)
+            await stand(
+                lambda: lead(client, namespace="default", name="failing", identity="only", work=fail, timing=QUICK),
+                identity="only",
+            )
     assert "ZeroDivisionError" in repr(failed.value)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.test_agent import World, authority, cluster, eventually  # noqa: F401 - fixtures
+from tests.cluster.world import World, eventually
 from tests.faults import filesystems
 from tests.faults.filesystems import MEGABYTE
 
@@ -24,7 +24,7 @@ def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture
-async def node(cluster: World) -> World:  # noqa: F811
+async def node(cluster: World) -> World:
     await cluster.stop_agent()
     cluster.environment["MIN_FREE_BYTES"] = str(FLOOR)
     await cluster.start_agent()

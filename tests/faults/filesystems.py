@@ -29,9 +29,6 @@ class Disk:
     """A mounted ext4 on a loop device."""
 
     directory: Path
-    image: Path
-    device: str
-    size: int
 
     def fill(self) -> Path:
         """Let somebody else take all that is free; returns their file."""
@@ -67,7 +64,7 @@ def ext4(directory: Path, image: Path, *, size: int = 64 * MEGABYTE) -> Iterator
     try:
         run("mount", "-o", "errors=continue", device, directory)
         try:
-            yield Disk(directory, image, device, size)
+            yield Disk(directory)
         finally:
             run("umount", "--lazy", directory)
     finally:

@@ -5,15 +5,13 @@ generator. Whoever is killed is started again, as kubelet would; the worker has 
 """
 
 import asyncio
-import functools
 import os
 import random
 import signal
 import subprocess
 import time
-import uuid
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -22,11 +20,9 @@ from typing import Final
 from api.capturenode import NodeCapture
 from hack.benchmarks.wire import FILTER, Counted, Sent, Wire, count, wire
 from hack.clusters.bare import BareControlPlane
-from hack.clusters.pki import Authority
-from kube.client import CAPTURENODES, CONFIGMAPS, NAMESPACES, NODES, PACKETCAPTURES, Client
+from kube.client import PACKETCAPTURES
 from tests.agent import world
-from tests.apiserver.standins import Signer
-from tests.cluster.test_agent import NODE, SERVICEACCOUNTS, World, ensure, eventually, free_port, listable
+from tests.cluster.world import World, eventually, node
 
 PACKET_BYTES: Final = 64
 BEFORE_SECONDS: Final = (2.0, 3.5)
@@ -214,40 +210,16 @@ def capturer_in(directory: Path) -> world.Capturer:
 @asynccontextmanager
 async def scenario(plane: BareControlPlane, directory: Path) -> AsyncIterator[Scenario]:
     """A node with a running agent and capturer, and a pod that can be sent to."""
-    authority = Authority.create("kubepcap")
-    async with AsyncExitStack() as stack:
-        client = await stack.enter_async_context(Client.connect(user_agent="test", kubeconfig=plane.kubeconfig))
-        for resource in (PACKETCAPTURES, CAPTURENODES):  # a kind that is established may still be refused for a moment
-            await eventually(functools.partial(listable, client, resource))
-        namespace = f"faults-{uuid.uuid4().hex[:8]}"
-        await ensure(client, NODES, {"metadata": {"name": NODE}})
-        for name in ("kubepcap", namespace):
-            await ensure(client, NAMESPACES, {"metadata": {"name": name}})
-        await ensure(client, SERVICEACCOUNTS, {"metadata": {"name": "default"}}, namespace=namespace)
-        bundle = {"metadata": {"name": "kubepcap-ca"}, "data": {"ca.crt": authority.certificate.decode()}}
-        await ensure(client, CONFIGMAPS, bundle, namespace="kubepcap")
-        signer = asyncio.create_task(Signer(client, authority).run(), name="signer")
-        stack.callback(signer.cancel)
-        line = stack.enter_context(wire())
-        environment = os.environ | {
-            "KUBECONFIG": str(plane.kubeconfig),
-            "NODE_NAME": NODE,
-            "POD_NAME": "agent-1",
-            "CAPTURER_SOCKET": str(directory / "capturer.sock"),
-            "DATA_DIRECTORY": str(directory),
-            "PORT": str(free_port()),
-            "HEALTH_PORT": str(free_port()),
-            "MIN_FREE_BYTES": "0",
-            "MIN_FREE_PERCENT": "0",
-            "COUNTERS_SECONDS": "1",
-            "LOG_LEVEL": "ERROR",
-        }
-        node = World(client, line.pod, capturer_in(directory), authority, environment, namespace)
-        stack.callback(lambda: node.capturer.close())
-        await node.start_agent()
-        stack.push_async_callback(node.stop_agent)
-        await node.create_pod(labels={"app": "web"})
-        yield Scenario(node, line, directory)
+    with wire() as line:
+        capturer = capturer_in(directory)
+        async with node(plane, directory, pod=line.pod, capturer=capturer, LOG_LEVEL="ERROR") as made:
+            await made.start_agent()
+            try:
+                await made.create_pod(labels={"app": "web"})
+                yield Scenario(made, line, directory)
+            finally:
+                await made.stop_agent()
+                made.capturer.close()
 
 
 def _length(ranges: list[tuple[int, int]]) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from scapy.utils import RawPcapReader
 
-from agent.capturer.capture import rest
+from agent.capturer.capture import pause_for
 from agent.capturer.libpcap import FILE_HEADER_BYTES
 from agent.capturer.protocol import State
 from tests.agent.world import HEADERS, PORT, Capturer, Pod, eventually, make_pod, send
@@ -325,4 +325,4 @@ def test_the_node_itself_is_never_captured(pod: Pod, tmp_path: Path, monkeypatch
 def test_a_busy_capture_rests_until_an_eighth_of_its_ring_is_full(
     size: int, seconds: float, ring: int, rested: float
 ) -> None:
-    assert rest(size, seconds, ring=ring) == rested
+    assert pause_for(size, seconds, ring=ring) == rested

@@ -57,7 +57,7 @@ def test_every_record_is_in_one_file_and_none_is_larger_than_its_limit(
             for each in batch:
                 dump.append(Rest(each, 1))
             packets = len(batch)
-            while dump.is_over:
+            while dump.tell() > limit:
                 assert paths[-1].stat().st_size <= limit, "nothing beyond the limit even for a moment"
                 rest = dump.split(start)
                 assert rest.packets <= packets
@@ -95,10 +95,7 @@ def test_a_file_that_is_cut_ends_there_and_can_be_gone_on_with(tmp_path: Path) -
 
 
 def test_a_write_that_the_kernel_answers_with_an_error_is_told_and_nothing_after_it_is_tried() -> None:
-    """A real EIO, of the only file that gives it without harm: memory that is not mapped.
-
-    A disk whose medium is lost would be nearer to life; cutting one short beneath a mounted ext4 stopped this kernel.
-    """
+    """A real EIO, of the only file that gives it without harm to the kernel: memory that is not mapped."""
     handle: Any = Stream()
     dump = Dump(handle, os.open("/proc/self/mem", os.O_RDWR), BUFFER, limit=1 << 30)
     dump.append(Rest(HEADER, 0))
