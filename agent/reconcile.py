@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from typing import Final
 
 from pydantic import ValidationError
 
@@ -61,7 +62,7 @@ class Order:
     """
 
     capture: PacketCapture
-    selector: PodSelector
+    selector: PodSelector = field(compare=False)
     filter: str
     limits: Limits
     end: datetime | None
@@ -133,11 +134,14 @@ class Capture:
 def parse_capture(document: Json, *, direct: bool = False) -> Capture:
     """Read a PacketCapture and check its stamp. Raises ValueError when it has no proper metadata.
 
+    Two versions between which nothing changed that an agent goes by are equal: a status is written often.
     `direct` asks for writes past the page cache.
     """
-    metadata = ObjectMeta.model_validate(document["metadata"])
+    metadata = ObjectMeta.model_validate(_only(_METADATA, document["metadata"]))
     try:
-        capture = PacketCapture.model_validate(document | {"status": _without_nodes(document.get("status"))})
+        capture = PacketCapture.model_validate(
+            document | {"metadata": metadata, "status": _obeyed(document.get("status") or {})}
+        )
         stamped = stamp.check(capture)
     except ValidationError as error:
         message = f"this release of the agent can't read it: {explain(error)}"
@@ -149,9 +153,17 @@ def parse_capture(document: Json, *, direct: bool = False) -> Capture:
     return Capture(metadata, order)
 
 
-def _without_nodes(status: Json | None) -> Json:
-    """The status without what the nodes said: up to a hundred entries, which no agent reads, at every change."""
-    return {name: value for name, value in (status or {}).items() if name != "nodes"}
+_METADATA: Final = frozenset({"name", "namespace", "uid", "creationTimestamp", "deletionTimestamp", "annotations"})
+
+
+def _obeyed(status: Json) -> Json:
+    """What of the status an agent goes by: whether the capture is admitted, and how many agents there are."""
+    admitted = [one for one in status.get("conditions") or [] if one.get("type") == "Admitted"]
+    return _only({"agents"}, status) | {"conditions": admitted}
+
+
+def _only(names: Collection[str], document: Json) -> Json:
+    return {name: value for name, value in document.items() if name in names}
 
 
 @dataclass(frozen=True, slots=True)

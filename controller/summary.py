@@ -11,7 +11,8 @@ from controller.conditions import Finding, counted
 from controller.quota import Admission
 from controller.reports import Said
 
-LONGEST_LIST = 100
+LONGEST_LIST = 25
+"""Nodes named in a status; every agent gets each status that is written. All are in the CaptureNodes."""
 SETTLING = timedelta(seconds=3)
 """After the admission; before it is over, that no node reports a pod does not mean that there is none."""
 SETTLING_PER_AGENT = timedelta(milliseconds=10)

@@ -54,7 +54,8 @@ class Cache(Generic[T]):
 
     An object that `parse` refuses (by a `ValueError`, as pydantic does), or fails on in any other way, is left out of
     `objects`, listed in `unparsable` with the reason, and logged: it never takes the others with it. `on_change` is
-    called after each change with its key. `page` objects at most are fetched at a time when all are listed.
+    called after each change with its key. What reads the same as before has not changed, and the object stays the one
+    it was. `page` objects at most are fetched at a time when all are listed.
     """
 
     def __init__(
@@ -175,7 +176,10 @@ class Cache(Generic[T]):
             return
         self._versions[key] = version
         try:
-            self._objects[key] = self._parse(item)
+            parsed = self._parse(item)
+            if key in self._objects and self._objects[key] == parsed:
+                return
+            self._objects[key] = parsed
             self._unparsable.pop(key, None)
         except Exception as error:
             self._objects.pop(key, None)

@@ -95,6 +95,22 @@ def only(made: Plan) -> CapturePlan:
     return capture_plan
 
 
+def test_a_capture_has_changed_only_when_something_did_that_the_agent_goes_by() -> None:
+    before = capture()
+    counted = {
+        "type": "Capturing",
+        "status": "True",
+        "reason": "Capturing",
+        "lastTransitionTime": "2026-12-01T10:00:02Z",
+    }
+    assert capture(conditions=[ADMITTED, counted], metadata={"resourceVersion": "7", "labels": {"a": "b"}}) == before
+    assert capture(conditions=[]) != before
+    assert capture({"suspend": True}) != before
+    assert capture(metadata={"deletionTimestamp": "2026-12-01T10:01:00Z"}) != before
+    assert capture(limits=Limits(max_duration=timedelta(hours=2))) != before
+    assert capture(stamped=False) != before
+
+
 def test_a_matching_pod_is_captured_as_the_spec_says() -> None:
     spec = {
         "filters": [{"protocol": "TCP", "ports": [80]}],

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -54,8 +54,13 @@ class Script(Client):
             yield event
 
 
-async def followed(script: Script, parse: Callable[[Json], str]) -> Cache[str]:
-    cache = Cache(script, PODS, parse)
+T = TypeVar("T")
+
+
+async def followed(
+    script: Script, parse: Callable[[Json], T], *, on_change: Callable[[Key], None] | None = None
+) -> Cache[T]:
+    cache = Cache(script, PODS, parse, on_change=on_change)
     async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
         task = tasks.create_task(cache.run(), name="cache")
         await script.silent.wait()
@@ -92,3 +97,25 @@ async def test_an_object_on_which_reading_fails_in_any_way_takes_no_other_with_i
     cache = await followed(Script(listed=[pod("bad", 1), pod("good", 2)]), parse)
     assert cache.objects == {Key("n", "good"): "2"}
     assert cache.unparsable == {Key("n", "bad"): str(failure)}
+
+
+async def test_a_version_that_reads_the_same_is_no_change_and_the_object_stays() -> None:
+    changed: list[Key] = []
+    first, second = WatchEvent("ADDED", pod("a", 11)), WatchEvent("MODIFIED", pod("a", 12))
+    read: list[tuple[str, ...]] = []
+
+    def names(item: Json) -> tuple[str, ...]:
+        read.append((item["metadata"]["namespace"], item["metadata"]["name"]))
+        return read[-1]
+
+    cache = await followed(Script([first, second]), names, on_change=changed.append)
+    assert len(read) == 2
+    assert changed == [Key("n", "a")]
+    assert cache.get("a", "n") is read[0]
+
+
+async def test_an_object_that_comes_again_is_a_change_even_when_it_reads_the_same() -> None:
+    changed: list[Key] = []
+    events = [WatchEvent("ADDED", pod("a", 11)), WatchEvent("DELETED", pod("a", 12)), WatchEvent("ADDED", pod("a", 13))]
+    await followed(Script(events), lambda item: str(item["metadata"]["name"]), on_change=changed.append)
+    assert len(changed) == 3
