@@ -297,6 +297,7 @@ class Capturer:
                 self._told_in_part(message.target)
             elif isinstance(message, Reply):
                 self._replied(message)
+                await asyncio.sleep(0)  # whoever asked takes it up before what came after it
         raise ConnectionResetError("the capturer closed it")
 
     def _replied(self, reply: Reply) -> None:

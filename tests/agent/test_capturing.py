@@ -5,8 +5,8 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -166,9 +166,12 @@ async def test_what_failed_is_tried_again_and_says_why_meanwhile(client: Client,
     await eventually(lambda: client.state(target.id) is State.CAPTURING)
 
 
-async def test_who_starts_well_and_fails_at_once_is_tried_again_less_and_less_often(tmp_path: Path) -> None:
-    """As on a disk that is all but full."""
-    begun: list[float] = []
+Answer = Callable[[Start | Stop | Report, asyncio.StreamWriter], Awaitable[None]]
+
+
+@asynccontextmanager
+async def played(path: Path, answer: Answer) -> AsyncIterator[Client]:
+    """A client whose capturer is what the test says."""
     closed = asyncio.Event()
 
     async def capturer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -176,37 +179,67 @@ async def test_who_starts_well_and_fails_at_once_is_tried_again_less_and_less_of
             while line := await reader.readline():
                 message = decode(line)
                 assert isinstance(message, Start | Stop | Report)
-                statuses: tuple[TargetStatus, ...] = ()
-                if isinstance(message, Start):
-                    begun.append(time.monotonic())
-                    statuses = (TargetStatus(target=message.target, started=len(begun), state=State.CAPTURING),)
-                failed = TargetStatus(target=target, started=len(begun), state=State.FAILED, reason="WriteFailed")
-                if isinstance(message, Stop):
-                    statuses = (failed,)
-                writer.write(encode(Reply(request=message.request, worker=1, targets=statuses)))
-                if isinstance(message, Start):
-                    await asyncio.sleep(0.05)
-                    writer.write(encode(Changed(target=failed)))
+                await answer(message, writer)
         writer.close()
         with suppress(ConnectionError):
             await writer.wait_closed()
         closed.set()
 
-    target = Target(capture_uid=UID, pod_uid=UID, pod_name="web-0", pod_addresses=("10.0.0.1",))
-    path = tmp_path / "capturer.sock"
     client = Client(path)
     async with await asyncio.start_unix_server(capturer, path):
         task = asyncio.create_task(client.capturer.run())
-        client.capturer.want({target.id: target})
-        await eventually(lambda: len(client.lost) == 2)  # each gap is told of once, when it is over
+        yield client
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
         await closed.wait()
+
+
+async def test_who_starts_well_and_fails_at_once_is_tried_again_less_and_less_often(tmp_path: Path) -> None:
+    """As on a disk that is all but full."""
+    begun: list[float] = []
+    target = Target(capture_uid=UID, pod_uid=UID, pod_name="web-0", pod_addresses=("10.0.0.1",))
+
+    async def answer(message: Start | Stop | Report, writer: asyncio.StreamWriter) -> None:
+        statuses: tuple[TargetStatus, ...] = ()
+        if isinstance(message, Start):
+            begun.append(time.monotonic())
+            statuses = (TargetStatus(target=message.target, started=len(begun), state=State.CAPTURING),)
+        failed = TargetStatus(target=target, started=len(begun), state=State.FAILED, reason="WriteFailed")
+        if isinstance(message, Stop):
+            statuses = (failed,)
+        writer.write(encode(Reply(request=message.request, worker=1, targets=statuses)))
+        if isinstance(message, Start):
+            await asyncio.sleep(0.05)
+            writer.write(encode(Changed(target=failed)))
+
+    async with played(tmp_path / "capturer.sock", answer) as client:
+        client.capturer.want({target.id: target})
+        await eventually(lambda: len(client.lost) == 2)  # each gap is told of once, when it is over
     pauses = [after - before for before, after in pairwise(begun)]
     assert len(pauses) == 2
     assert pauses[0] >= 0.5
     assert pauses[1] >= 1.0
+
+
+async def test_a_change_that_comes_together_with_an_answer_is_not_undone_by_it(tmp_path: Path) -> None:
+    target = Target(capture_uid=UID, pod_uid=UID, pod_name="web-0", pod_addresses=("10.0.0.1",))
+    begun = TargetStatus(target=target, started=1, state=State.CAPTURING)
+    failed = replace(begun, state=State.FAILED, reason="InterfaceFailed")
+    stopped = asyncio.Event()
+
+    async def answer(message: Start | Stop | Report, writer: asyncio.StreamWriter) -> None:
+        reply = Reply(request=message.request, worker=1)
+        if isinstance(message, Start):
+            writer.write(encode(replace(reply, targets=(begun,))) + encode(Changed(target=failed)))
+        else:
+            writer.write(encode(reply))
+        if isinstance(message, Stop):
+            stopped.set()
+
+    async with played(tmp_path / "capturer.sock", answer) as client, asyncio.timeout(PATIENCE):
+        client.capturer.want({target.id: target})
+        await stopped.wait()
 
 
 @pytest.mark.parametrize(
