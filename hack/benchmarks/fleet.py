@@ -7,13 +7,9 @@ would have of their own, whose events are received and thrown away.
 
 import argparse
 import asyncio
-import base64
-import json
 import random
 import ssl
-import tempfile
 import time
-import urllib.parse
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
@@ -28,6 +24,7 @@ from agent.report import Intervals, Reporter
 from agent.summary import Files, summarize
 from agent.tally import Count, Counters
 from api.capturenode import Capturer, Disk
+from hack.clusters.api import Api
 from kube.client import PACKETCAPTURES, PODS, Client, Json
 from kube.serve import run
 from kube.watch import Cache, Key, Signal
@@ -158,23 +155,17 @@ async def work(arguments: argparse.Namespace) -> NoReturn:
 
 async def listen(arguments: argparse.Namespace) -> NoReturn:
     """Hold the watches that these agents would have, and read what comes."""
-    config = json.loads(arguments.kubeconfig.read_text())
-    cluster, user = config["clusters"][0]["cluster"], config["users"][0]["user"]
-    tls = ssl.create_default_context(cadata=base64.b64decode(cluster["certificate-authority-data"]).decode())
-    with tempfile.NamedTemporaryFile() as pair:
-        pair.write(base64.b64decode(user["client-certificate-data"]))
-        pair.write(base64.b64decode(user["client-key-data"]))
-        pair.flush()
-        tls.load_cert_chain(pair.name)
-    server = urllib.parse.urlsplit(cluster["server"])
+    server = Api(arguments.kubeconfig)
 
     async def follow(path: str) -> NoReturn:
-        request = f"GET {path} HTTP/1.1\r\nHost: {server.netloc}\r\nAccept: application/json\r\n\r\n".encode()
+        request = f"GET {path} HTTP/1.1\r\nHost: {server.address.netloc}\r\nAccept: application/json\r\n\r\n".encode()
         while True:
             # A thousand handshakes at once would be another benchmark.
             await asyncio.sleep(random.uniform(0, 2))  # noqa: S311
             with suppress(OSError, ssl.SSLError):
-                reader, writer = await asyncio.open_connection(server.hostname, server.port, ssl=tls, limit=_CHUNK)
+                reader, writer = await asyncio.open_connection(
+                    server.address.hostname, server.address.port, ssl=server.tls, limit=_CHUNK
+                )
                 writer.write(request)
                 while await reader.read(_CHUNK):
                     pass

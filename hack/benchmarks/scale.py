@@ -7,7 +7,6 @@ import http.client
 import itertools
 import os
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from hack.clusters.bare import BareControlPlane, bare_control_plane
 from hack.clusters.binaries import HACK
 from hack.clusters.failure import Failure
 from hack.clusters.kubectl import Kubectl
+from hack.clusters.ports import free_port
 from kube.client import CAPTURENODES, NAMESPACES, NODES, PACKETCAPTURES, PODS, Client, Json, Resource
 from kube.status import StatusError
 from kube.watch import Cache
@@ -376,7 +376,7 @@ async def world(plane: BareControlPlane, arguments: argparse.Namespace) -> Async
                 KUBECONFIG=controller,
                 POD_NAME="bench",
                 POD_NAMESPACE="kubepcap",
-                HEALTH_PORT=str(_free_port()),
+                HEALTH_PORT=str(free_port()),
             )
         )
         share = -(-arguments.nodes // arguments.processes)
@@ -528,9 +528,3 @@ def _child(name: str) -> int:
             if Path(f"/proc/{pid}/comm").read_text().strip() == name:
                 return int(pid)
     raise Failure(f"{name} does not run")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

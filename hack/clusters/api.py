@@ -12,24 +12,24 @@ from typing import Any
 
 
 class Api:
-    """An API server as a kubeconfig of ours reaches it: directly, whatever proxy the environment names."""
+    """An API server as a kubeconfig of ours reaches it, at `address` over `tls`, whatever proxy is set."""
 
     def __init__(self, kubeconfig: Path) -> None:
         config = json.loads(kubeconfig.read_text())
         cluster, user = config["clusters"][0]["cluster"], config["users"][0]["user"]
-        self._address = urllib.parse.urlsplit(cluster["server"])
+        self.address = urllib.parse.urlsplit(cluster["server"])
         ca = base64.b64decode(cluster["certificate-authority-data"]).decode()
-        self._tls = ssl.create_default_context(cadata=ca)
+        self.tls = ssl.create_default_context(cadata=ca)
         with tempfile.NamedTemporaryFile() as pair:  # ssl takes a client's certificate from a file only
             pair.write(base64.b64decode(user["client-certificate-data"]))
             pair.write(base64.b64decode(user["client-key-data"]))
             pair.flush()
-            self._tls.load_cert_chain(pair.name)
+            self.tls.load_cert_chain(pair.name)
 
     def get(self, path: str) -> Any:
         """The decoded body of an answer 200; OSError or http.client.HTTPException when there is no such answer."""
         connection = http.client.HTTPSConnection(
-            self._address.hostname or "", self._address.port, timeout=5, context=self._tls
+            self.address.hostname or "", self.address.port, timeout=5, context=self.tls
         )
         try:
             connection.request("GET", path, headers={"Accept": "application/json"})

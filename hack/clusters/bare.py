@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from hack.clusters.binaries import find
 from hack.clusters.controlplane import ControlPlane
 from hack.clusters.failure import Failure
 from hack.clusters.pki import Authority, kubeconfig, write_private
+from hack.clusters.ports import free_ports
 
 PATIENCE = 60
 
@@ -47,7 +47,7 @@ def bare_control_plane(directory: Path) -> Iterator[BareControlPlane]:
     The aggregator routes by cluster address, so an APIService or webhook may name a Service of type ExternalName, which
     leads to a server on loopback.
     """
-    port, etcd_port, etcd_peer_port = _free_ports(3)
+    port, etcd_port, etcd_peer_port = free_ports(3)
     settings = ControlPlane(
         address="127.0.0.1",
         port=port,
@@ -92,12 +92,3 @@ def _running(directory: Path, program: str, arguments: Sequence[str]) -> Iterato
     finally:
         process.kill()
         process.wait()
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody listens on, all different."""
-    with contextlib.ExitStack() as open_sockets:
-        sockets = [open_sockets.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]

@@ -8,9 +8,10 @@ from datetime import UTC, datetime, timedelta
 from agent.capturer.protocol import State
 from api.capturenode import CaptureNode
 from api.capturepolicy import Limits
+from hack.clusters.ports import free_port
 from kube.client import CAPTURENODES, NAMESPACES, PACKETCAPTURES, PODS
 from tests.agent import world
-from tests.cluster.world import NODE, World, eventually, free_port
+from tests.cluster.world import NODE, World, eventually
 
 
 async def test_a_capture_runs_and_its_files_are_served(cluster: World) -> None:

@@ -23,6 +23,7 @@ import yaml
 
 from hack.clusters.bare import BareControlPlane, bare_control_plane
 from hack.clusters.pki import Authority, Pair
+from hack.clusters.ports import free_ports
 from kube.certificates import KeyPair, ServerTLS
 from kube.client import APISERVICES, CAPTURENODES, CONFIGMAPS, PACKETCAPTURES, PODS, Client, Json, Resource
 from kube.serve import listening
@@ -184,7 +185,7 @@ def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BareControlPlane
 async def world(plane: BareControlPlane, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
     directory = tmp_path_factory.mktemp("apiserver")
     authority = Authority.create("kubepcap")
-    port, health_port = _free_port(), _free_port()
+    port, health_port = free_ports(2)
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(Client.connect(user_agent="test", kubeconfig=plane.kubeconfig))
         world = World(
@@ -357,12 +358,6 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
     if process.returncode is None:
         process.kill()
         await process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 async def test_files_of_all_nodes_are_listed_and_nodes_that_did_not_answer_named(world: World) -> None:

@@ -9,7 +9,6 @@ import base64
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -29,6 +28,7 @@ from api.object import format_timestamp
 from api.packetcapture import PacketCapture
 from controller.events import Transition, event
 from hack.clusters.bare import BareControlPlane, bare_control_plane
+from hack.clusters.ports import free_port
 from kube.certificates import signing_request
 from kube.client import (
     APISERVICES,
@@ -202,13 +202,6 @@ class World:
         except StatusError:
             return ""
         return str(lease["spec"].get("holderIdentity") or "")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -4,7 +4,6 @@ import asyncio
 import functools
 import json
 import os
-import socket
 import sys
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -23,6 +22,7 @@ from api.capturepolicy import Limits
 from api.packetcapture import PacketCaptureSpec
 from hack.clusters.bare import BareControlPlane
 from hack.clusters.pki import Authority
+from hack.clusters.ports import free_port
 from kube.certificates import KeyPair, client_context
 from kube.client import CAPTURENODES, CONFIGMAPS, NAMESPACES, NODES, PACKETCAPTURES, PODS, Client, Json, Resource
 from kube.status import StatusError
@@ -203,12 +203,6 @@ class World:
 
     async def send(self, count: int) -> None:
         await asyncio.to_thread(self.pod.receive, count)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 async def ensure(client: Client, resource: Resource, body: Json, *, namespace: str | None = None) -> None:
