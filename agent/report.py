@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any, Final, NoReturn
 
 from agent.summary import FILTER_MATCHED_NOTHING
@@ -40,7 +41,7 @@ class Intervals:
     heartbeat: float = 30.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Facts:
     """What there is to report."""
 
@@ -48,7 +49,7 @@ class Facts:
     disk: Disk | None = None
     capturer: Capturer | None = None
 
-    @property
+    @cached_property
     def states(self) -> list[tuple[object, ...]]:
         """What a person waits for to change."""
         return [_state(item) for item in self.captures]

@@ -233,11 +233,18 @@ class Client:
         field_manager: str,
         namespace: str | None = None,
         subresource: str | None = None,
-    ) -> Json:
-        """Server-side apply; fields that another manager owns are taken over."""
+    ) -> None:
+        """Server-side apply; fields that another manager owns are taken over. The object does not come back."""
         path = resource.path(namespace=namespace, name=name, subresource=subresource)
         query = {"fieldManager": field_manager, "force": "true"}
-        return await self._request("PATCH", path, query=query, body=body, content_type="application/apply-patch+yaml")
+        await self._request(
+            "PATCH",
+            path,
+            query=query,
+            body=body,
+            headers={"Accept": _METADATA},
+            content_type="application/apply-patch+yaml",
+        )
 
     async def delete(
         self,
