@@ -239,7 +239,7 @@ class PacketCaptureStatus(Model):
     finished_time: Timestamp | None = None
     """When the capture came to its end."""
     nodes: Annotated[list[NodeSummary], Field(max_length=100)] = Field(default_factory=list)
-    """The nodes, troubled ones first, at most 100."""
+    """Nodes, troubled ones first, at most 25; a CaptureNode tells all of its node."""
     more_nodes: int = 0
     """Nodes beyond those listed."""
 
