@@ -2,13 +2,12 @@
 
 import asyncio
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from api.capturepolicy import CapturePolicy
 from api.object import GROUP
-from kube.answers import Answers
-from kube.client import SUBJECTACCESSREVIEWS, Client
+from kube.answers import Answers, fingerprint
+from kube.client import SUBJECTACCESSREVIEWS, Client, Json
 from kube.status import StatusError, internal_error
 from webhook.review import User
 
@@ -21,25 +20,13 @@ _ANSWERS = 4096
 _AT_ONCE = 16
 
 
-@dataclass(frozen=True, slots=True)
-class _Question:
-    """Hashable, and all of what kube-apiserver decides by."""
-
-    user: str
-    uid: str
-    groups: tuple[str, ...]
-    extra: tuple[tuple[str, tuple[str, ...]], ...]
-    namespace: str
-    policy: str
-
-
 class Access:
     """Asks by SubjectAccessReview, and keeps a yes for ten seconds and a no for two."""
 
     def __init__(self, client: Client, *, clock: Callable[[], float] | None = None) -> None:
         self._client = client
         keeping: dict[str, Any] = {"clock": clock} if clock is not None else {}
-        self._answers: Answers[_Question, bool] = Answers(
+        self._answers: Answers[bytes, bool] = Answers(
             lifetime=lambda allowed: _ALLOWED_FOR if allowed else _DENIED_FOR, size=_ANSWERS, **keeping
         )
         self._places = asyncio.Semaphore(_AT_ONCE)
@@ -53,46 +40,41 @@ class Access:
         return [policy for policy, allowed in zip(asked, answers, strict=True) if allowed]
 
     async def _may_use(self, policy: str, *, user: User, namespace: str) -> bool:
-        question = _Question(
-            user=user.username,
-            uid=user.uid,
-            groups=user.groups,
-            extra=tuple(sorted(user.extra.items())),
-            namespace=namespace,
-            policy=policy,
-        )
-        return await self._answers.get(question, lambda: self._ask(question))
+        spec = _spec(policy, user=user, namespace=namespace)
+        return await self._answers.get(fingerprint(spec), lambda: self._ask(spec))
 
-    async def _ask(self, question: _Question) -> bool:
-        body = {"apiVersion": SUBJECTACCESSREVIEWS.api_version, "kind": SUBJECTACCESSREVIEWS.kind}
+    async def _ask(self, spec: Json) -> bool:
+        body = {"apiVersion": SUBJECTACCESSREVIEWS.api_version, "kind": SUBJECTACCESSREVIEWS.kind, "spec": spec}
         try:
             async with asyncio.timeout(_PATIENCE), self._places:
-                answer = await self._client.create(SUBJECTACCESSREVIEWS, body | {"spec": _spec(question)})
+                answer = await self._client.create(SUBJECTACCESSREVIEWS, body)
             return _allowed(answer.get("status"))
         except (StatusError, TimeoutError, ValueError) as error:
             failure = str(error) or "no answer in time"
+            policy = spec["resourceAttributes"]["name"]
             raise internal_error(
-                f"it can't be told whether {question.user} may use policy {question.policy}: {failure}"
+                f"it can't be told whether {spec['user']} may use policy {policy}: {failure}"
             ) from error
 
 
-def _spec(question: _Question) -> dict[str, Any]:
-    spec: dict[str, Any] = {
-        "user": question.user,
+def _spec(policy: str, *, user: User, namespace: str) -> Json:
+    """All of what kube-apiserver decides by."""
+    spec: Json = {
+        "user": user.username,
         "resourceAttributes": {
             "verb": "use",
             "group": GROUP,
             "resource": "capturepolicies",
-            "name": question.policy,
-            "namespace": question.namespace,
+            "name": policy,
+            "namespace": namespace,
         },
     }
-    if question.uid:
-        spec["uid"] = question.uid
-    if question.groups:
-        spec["groups"] = list(question.groups)
-    if question.extra:
-        spec["extra"] = {key: list(values) for key, values in question.extra}
+    if user.uid:
+        spec["uid"] = user.uid
+    if user.groups:
+        spec["groups"] = list(user.groups)
+    if user.extra:
+        spec["extra"] = {key: list(values) for key, values in user.extra.items()}
     return spec
 
 

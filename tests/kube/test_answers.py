@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from kube.answers import Answers
+from kube.answers import Answers, fingerprint
 
 
 class Clock:
@@ -112,3 +112,62 @@ async def test_the_lifetime_may_depend_on_the_answer() -> None:
     assert await answers.get("k", service) == 2
     clock.now = 11
     assert await answers.get("k", service) == 2
+
+
+async def test_an_answer_that_took_long_is_kept_the_shorter() -> None:
+    """Its age counts from the question, since it may have been true for no longer than that."""
+    clock, service = Clock(), Service()
+    answers: Answers[str, int] = Answers(lifetime=lambda _: 10, size=8, clock=clock)
+    asking = asyncio.create_task(answers.get("k", service))
+    await _settle()
+    clock.now = 6
+    service.may_answer.set()
+
+    assert await asking == 1
+    clock.now = 9.9
+    assert await answers.get("k", service) == 1
+    clock.now = 10
+    assert await answers.get("k", service) == 2
+
+
+async def test_an_answer_of_no_lifetime_is_not_kept() -> None:
+    service = Service()
+    service.may_answer.set()
+    answers: Answers[str, int] = Answers(lifetime=lambda _: 0, size=8)
+
+    assert [await answers.get("k", service) for _ in range(3)] == [1, 2, 3]
+    assert len(answers) == 0
+
+
+async def test_what_is_kept_weighs_no_more_than_it_may() -> None:
+    answers: Answers[int, str] = Answers(lifetime=lambda _: 10, size=100, weigh=len, capacity=10)
+
+    async def say(text: str) -> str:
+        return text
+
+    for key in range(20):
+        await answers.get(key, lambda: say("xxx"))
+    assert len(answers) == 3
+    await answers.get(21, lambda: say("x" * 11))
+    assert len(answers) == 3, "what is too heavy drives nothing out"
+    await answers.get(22, lambda: say("x" * 10))
+    assert len(answers) == 1
+
+
+async def test_an_answer_that_ran_out_weighs_nothing() -> None:
+    clock = Clock()
+    answers: Answers[str, str] = Answers(lifetime=lambda _: 10, size=100, weigh=len, capacity=10, clock=clock)
+
+    async def say(text: str) -> str:
+        return text
+
+    for clock.now in range(0, 100, 10):
+        await answers.get("k", lambda: say("x" * 6))
+    await answers.get("l", lambda: say("x" * 4))
+    assert len(answers) == 2
+
+
+def test_a_fingerprint_tells_questions_apart_and_not_the_order_of_their_fields() -> None:
+    assert fingerprint({"a": 1, "b": [1, 2]}) == fingerprint({"b": [1, 2], "a": 1})
+    assert fingerprint({"a": ["1", "2"]}) != fingerprint({"a": ["2", "1"]})
+    assert len(fingerprint({"groups": ["g"] * 10_000})) == 32
