@@ -5,7 +5,6 @@ connection whose client certificate chains to the CA for front proxies, and only
 headers come from a ConfigMap that kube-apiserver publishes; they are followed while the server runs.
 """
 
-import asyncio
 import hashlib
 import hmac
 import json
@@ -26,9 +25,10 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 from multidict import CIMultiDictProxy
 
+from apiserver.aggregation.review import Reviewer, ReviewError
 from kube.answers import Answers
 from kube.client import CONFIGMAPS, TOKENREVIEWS, Client, Json
-from kube.status import StatusError, internal_error, unauthorized
+from kube.status import internal_error, unauthorized
 from kube.watch import Cache, Key
 
 _log = logging.getLogger(__name__)
@@ -39,8 +39,10 @@ _AUTHENTICATED = "system:authenticated"
 _UNAUTHENTICATED = "system:unauthenticated"
 _ANONYMOUS = "system:anonymous"
 _REVIEW_LIFETIME = 10.0
-_REVIEW_PATIENCE = 10.0
 _REVIEWS = 4096
+_REVIEWS_WEIGHT = 32 << 20
+# What Python adds to each string.
+_STRING_OVERHEAD = 64
 
 Headers = CIMultiDictProxy[str]
 
@@ -54,8 +56,22 @@ class User:
     groups: tuple[str, ...] = ()
     extra: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
+    @property
+    def weight(self) -> int:
+        """About how many bytes of memory it takes."""
+        extra = (text for key, values in self.extra.items() for text in (key, *values))
+        return sum(len(text) + _STRING_OVERHEAD for text in (self.name, self.uid, *self.groups, *extra))
+
 
 ANONYMOUS = User(name=_ANONYMOUS, groups=(_UNAUTHENTICATED,))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Authenticated:
+    """The user of a request and the token that names them; without one, a front proxy does."""
+
+    user: User
+    token: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,12 +97,14 @@ class FrontProxy:
         return cls(
             client_ca=client_ca,
             authorities={authority.public_bytes(Encoding.DER): authority for authority in authorities},
+            # As they are: a list of nothing but an empty name allows that name alone, and not any.
             allowed_names=_strings(data, "requestheader-allowed-names"),
-            username_headers=_strings(data, "requestheader-username-headers"),
-            # Published since Kubernetes 1.33; the aggregator of 1.32 and later never lets a user's own one through.
-            uid_headers=_strings(data, "requestheader-uid-headers") or ("X-Remote-Uid",),
-            group_headers=_strings(data, "requestheader-group-headers"),
-            extra_header_prefixes=_strings(data, "requestheader-extra-headers-prefix"),
+            username_headers=_headers(data, "requestheader-username-headers"),
+            # Published only where kube-apiserver is told to. It sends the header nevertheless, and as of 1.32, which is
+            # the oldest that we run on, it never lets a user's own one through.
+            uid_headers=_headers(data, "requestheader-uid-headers") or ("X-Remote-Uid",),
+            group_headers=_headers(data, "requestheader-group-headers"),
+            extra_header_prefixes=_headers(data, "requestheader-extra-headers-prefix"),
         )
 
     def allows(self, common_name: str) -> bool:
@@ -114,7 +132,7 @@ class FrontProxy:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A client certificate that was verified when its connection was made, and the CAs (DER) trusted at that time."""
+    """A client certificate that was verified when its connection was made, and the CAs (DER) that could do so then."""
 
     certificate: x509.Certificate
     trusted_then: frozenset[bytes]
@@ -125,15 +143,16 @@ class Peer:
         return str(names[-1].value) if names else ""
 
     def is_trusted(self, authorities: Mapping[bytes, x509.Certificate], now: datetime) -> bool:
-        """Whether the certificate holds now, under CAs (by their DER) that may have changed since.
+        """Whether the certificate holds now, under CAs (by their DER) that may have changed or run out since.
 
         It does when every CA that may have verified it is still trusted, or when one of today's has issued it.
         """
-        if not self.certificate.not_valid_before_utc <= now <= self.certificate.not_valid_after_utc:
+        if not _is_valid(self.certificate, now):
             return False
-        if self.trusted_then and self.trusted_then <= authorities.keys():
+        valid = {der: authority for der, authority in authorities.items() if _is_valid(authority, now)}
+        if self.trusted_then and self.trusted_then <= valid.keys():
             return True
-        return any(_issued(authority, self.certificate) for authority in authorities.values())
+        return any(_issued(authority, self.certificate) for authority in valid.values())
 
 
 class Connection(Protocol):
@@ -161,7 +180,13 @@ class Authenticator:
         self._now = now
         self._front_proxy: FrontProxy | None = None
         self._peers: WeakKeyDictionary[object, Peer] = WeakKeyDictionary()
-        self._reviews: Answers[bytes, User | None] = Answers(lifetime=lambda _: _REVIEW_LIFETIME, size=_REVIEWS)
+        self._reviewer = Reviewer(client, TOKENREVIEWS)
+        self._reviews: Answers[bytes, User | None] = Answers(
+            lifetime=lambda _: _REVIEW_LIFETIME,
+            size=_REVIEWS,
+            weigh=lambda user: user.weight if user else 0,
+            capacity=_REVIEWS_WEIGHT,
+        )
         self._review_key = secrets.token_bytes(32)
         self._configmaps = Cache(
             client,
@@ -183,21 +208,35 @@ class Authenticator:
         unreadable = self._configmaps.unparsable.get(Key(_CONFIGMAP_NAMESPACE, _CONFIGMAP_NAME), "not read yet")
         return f"ConfigMap {_CONFIGMAP_NAMESPACE}/{_CONFIGMAP_NAME}: {unreadable}"
 
-    async def authenticate(self, headers: Headers, connection: Connection | None) -> User:
+    async def authenticate(self, headers: Headers, connection: Connection | None) -> Authenticated:
         """The user, as a member of `system:authenticated`.
 
-        Raises `StatusError`: 401 when nobody is named or the token is not valid, 500 when the token could not be
-        checked. `Impersonate-*` headers mean nothing here: kube-apiserver has already acted on them.
+        Raises `StatusError` 401 when nobody is named, and when the token is not valid or could not be checked.
+        `Impersonate-*` headers mean nothing here: kube-apiserver has already acted on them.
         """
         user = self._named_by_front_proxy(headers, connection)
-        if user is None:
-            scheme, _, token = headers.get("Authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not token.strip():
-                raise unauthorized()
-            user = await self._named_by_token(token.strip())
-        if user is None:
+        if user is not None:
+            return Authenticated(user=_with_authenticated(user))
+        token = bearer_token(headers.get("Authorization", ""))
+        if token is None:
             raise unauthorized()
-        return _with_authenticated(user)
+        try:
+            return Authenticated(user=await self._named_by_token(token), token=token)
+        except ReviewError as error:
+            _log.error("a TokenReview failed: %s", error)
+            raise unauthorized() from error
+
+    async def confirm(self, authenticated: Authenticated) -> User:
+        """The user of a request that lasts, as they are now: a token can be withdrawn, a front proxy's word can't.
+
+        Raises `StatusError`: 401 when the token is no longer valid, 500 when that can't be told.
+        """
+        if authenticated.token is None:
+            return authenticated.user
+        try:
+            return await self._named_by_token(authenticated.token)
+        except ReviewError as error:
+            raise internal_error(f"Internal error occurred: a TokenReview failed: {error}") from error
 
     def _named_by_front_proxy(self, headers: Headers, connection: Connection | None) -> User | None:
         front_proxy = self._front_proxy
@@ -224,24 +263,25 @@ class Authenticator:
         if not isinstance(tls, ssl.SSLObject) or (certificate := tls.getpeercert(binary_form=True)) is None:
             return None
         # With a verify mode other than CERT_NONE, OpenSSL has no peer certificate that it did not verify.
-        trusted = frozenset(tls.context.get_ca_certs(binary_form=True))
+        now = self._now()
+        trusted = frozenset(
+            authority
+            for authority in tls.context.get_ca_certs(binary_form=True)
+            if _is_valid(x509.load_der_x509_certificate(authority), now)
+        )
         peer = Peer(x509.load_der_x509_certificate(certificate), trusted)
         self._peers[connection] = peer
         return peer
 
-    async def _named_by_token(self, token: str) -> User | None:
+    async def _named_by_token(self, token: str) -> User:
         key = hmac.digest(self._review_key, token.encode(errors="surrogateescape"), hashlib.sha256)
-        return await self._reviews.get(key, lambda: self._review(token))
+        user = await self._reviews.get(key, lambda: self._review(token))
+        if user is None:
+            raise unauthorized()
+        return _with_authenticated(user)
 
     async def _review(self, token: str) -> User | None:
-        body = {"apiVersion": TOKENREVIEWS.api_version, "kind": TOKENREVIEWS.kind, "spec": {"token": token}}
-        try:
-            async with asyncio.timeout(_REVIEW_PATIENCE):
-                review = await self._client.create(TOKENREVIEWS, body)
-            return reviewed_user(review.get("status") or {})
-        except (StatusError, TimeoutError, ValueError) as error:
-            _log.error("TokenReview failed: %s", error)
-            raise internal_error("Internal error occurred: the token could not be checked") from None
+        return reviewed_user(await self._reviewer.status({"token": token}))
 
     def _changed(self, key: Key) -> None:
         front_proxy = self._configmaps.objects.get(key)
@@ -257,21 +297,31 @@ class Authenticator:
         self._front_proxy = front_proxy
 
 
+def bearer_token(authorization: str) -> str | None:
+    """The token in an `Authorization` header (RFC 6750), read as k8s.io/apiserver does; None when it has none."""
+    scheme, _, rest = authorization.strip().partition(" ")
+    token = rest.partition(" ")[0]
+    return token if scheme.lower() == "bearer" and token else None
+
+
 def reviewed_user(status: Json) -> User | None:
     """The user of a TokenReview's status, None when the token is not valid.
 
-    Raises `ValueError` for an answer without a user name.
+    Raises `StatusError` 401 when it is not valid and the review says why, since k8s.io/apiserver doesn't keep that
+    answer either, and `ReviewError` for an answer without a user name.
     """
     if status.get("authenticated") is not True:
+        if status.get("error"):
+            raise unauthorized()
         return None
     user = status.get("user") or {}
     if not user.get("username"):
-        raise ValueError("the review names no user")
+        raise ReviewError("it names no user")
     return User(
         name=user["username"],
         uid=user.get("uid") or "",
         groups=tuple(user.get("groups") or ()),
-        extra={key: tuple(values) for key, values in (user.get("extra") or {}).items()},
+        extra={key: tuple(values or ()) for key, values in (user.get("extra") or {}).items()},
     )
 
 
@@ -283,12 +333,17 @@ def _with_authenticated(user: User) -> User:
 
 def _strings(data: Mapping[str, str], key: str) -> tuple[str, ...]:
     try:
-        values = json.loads(data.get(key) or "[]")
-    except ValueError:
-        values = None
+        values = json.loads(data.get(key) or "null")
+    except ValueError as error:
+        raise ValueError(f"{key} is no list of strings") from error
+    values = [] if values is None else values  # how Go writes a list that was never made
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise ValueError(f"{key} is no list of strings")
-    return tuple(value.strip() for value in values if value.strip())
+    return tuple(values)
+
+
+def _headers(data: Mapping[str, str], key: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in _strings(data, key) if name.strip())
 
 
 def _value(headers: Headers, names: Sequence[str]) -> str:
@@ -305,6 +360,10 @@ def _extra(headers: Headers, prefixes: Sequence[str]) -> dict[str, tuple[str, ..
                     key = unquote(key, errors="surrogateescape")
                 extra[key] = (*extra.get(key, ()), value)
     return extra
+
+
+def _is_valid(certificate: x509.Certificate, now: datetime) -> bool:
+    return certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc
 
 
 def _issued(authority: x509.Certificate, certificate: x509.Certificate) -> bool:

@@ -5,23 +5,40 @@ reviewed again, with everything that is known of the user; what can't be reviewe
 """
 
 import asyncio
-import hashlib
-import json
 import logging
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 from apiserver.aggregation.authentication import ANONYMOUS, User
 from apiserver.aggregation.requestinfo import RequestInfo
-from kube.answers import Answers
+from apiserver.aggregation.review import Reviewer, ReviewError
+from kube.answers import Answers, fingerprint
 from kube.client import SUBJECTACCESSREVIEWS, Client, Json
-from kube.status import StatusError, internal_error
+from kube.status import StatusError
 
 _log = logging.getLogger(__name__)
 
-_LIFETIME = 10.0
-_PATIENCE = 10.0
-_DECISIONS = 4096
+LIFETIME = 10.0
+"""Seconds for which an answer, yes or no, is kept."""
+
+_DECISIONS = 8192
+_DECISIONS_WEIGHT = 16 << 20
+_LARGEST_KEPT = 10_000
 _PROBE_INTERVAL = 5.0
+_PROBE = RequestInfo(path="/healthz", verb="get")
+_SHORT_ESCAPES = {
+    '"': '\\"',
+    "\\": "\\\\",
+    "\a": "\\a",
+    "\b": "\\b",
+    "\f": "\\f",
+    "\n": "\\n",
+    "\r": "\\r",
+    "\t": "\\t",
+    "\v": "\\v",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,20 +52,27 @@ class Decision:
 class Authorizer:
     """Asks kube-apiserver, and keeps each answer for ten seconds."""
 
-    def __init__(self, client: Client) -> None:
-        self._client = client
-        self._decisions: Answers[bytes, Decision] = Answers(lifetime=lambda _: _LIFETIME, size=_DECISIONS)
+    def __init__(self, client: Client, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._reviewer = Reviewer(client, SUBJECTACCESSREVIEWS)
+        self._clock = clock
+        self._decisions: Answers[bytes, Decision] = Answers(
+            lifetime=lambda _: LIFETIME,
+            size=_DECISIONS,
+            weigh=lambda decision: len(decision.reason),
+            capacity=_DECISIONS_WEIGHT,
+            clock=clock,
+        )
         self._trouble: str | None = "no SubjectAccessReview was answered yet"
+        self._answered = -_PROBE_INTERVAL
 
-    async def run(self) -> None:
-        """While reviews fail, try one now and then, so that readiness returns without a user's request."""
-        probe = RequestInfo(path="/healthz", verb="get")
+    async def run(self) -> NoReturn:
+        """While no request has a review answered, try one now and then, so that readiness tells how it is."""
         while True:
-            if self._trouble is not None:
+            if self._trouble is not None or self._clock() - self._answered >= LIFETIME:
                 try:
-                    await self._review(review(ANONYMOUS, probe))
-                except StatusError as error:
-                    _log.warning("authorization does not work: %s", error.message)
+                    await self._review(review(ANONYMOUS, _PROBE))
+                except ReviewError as error:
+                    _log.warning("authorization does not work: %s", error)
             await asyncio.sleep(_PROBE_INTERVAL)
 
     def check(self) -> str | None:
@@ -58,24 +82,25 @@ class Authorizer:
     async def authorize(self, user: User, info: RequestInfo) -> None:
         """Return when the request is allowed. Raises `StatusError`: 403 when not, 500 when that can't be told."""
         spec = review(user, info)
-        key = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).digest()
-        decision = await self._decisions.get(key, lambda: self._review(spec))
+        try:
+            if is_keepable(info):
+                decision = await self._decisions.get(fingerprint(spec), lambda: self._review(spec))
+            else:
+                decision = await self._review(spec)
+        except ReviewError as error:
+            raise _undecided(error) from error
         if not decision.allowed:
             raise forbidden(user, info, decision.reason)
 
     async def _review(self, spec: Json) -> Decision:
-        body = {"apiVersion": SUBJECTACCESSREVIEWS.api_version, "kind": SUBJECTACCESSREVIEWS.kind, "spec": spec}
         try:
-            async with asyncio.timeout(_PATIENCE):
-                answer = await self._client.create(SUBJECTACCESSREVIEWS, body)
-            decision = decide(answer.get("status"))
-        except (StatusError, TimeoutError, ValueError) as error:
-            failure = f"a SubjectAccessReview failed: {str(error) or type(error).__name__}"
-            # A review that is itself malformed (400, 422) is one user's trouble, and must not end the readiness of all.
-            if not isinstance(error, StatusError) or error.code not in (400, 422):
-                self._trouble = failure
-            raise internal_error(f"Internal error occurred: {failure}") from error
+            decision = decide(await self._reviewer.status(spec))
+        except ReviewError as error:
+            if not error.of_one:
+                self._trouble = f"a SubjectAccessReview failed: {error}"
+            raise
         self._trouble = None
+        self._answered = self._clock()
         return decision
 
 
@@ -107,10 +132,19 @@ def review(user: User, info: RequestInfo) -> Json:
     return spec
 
 
-def decide(status: object) -> Decision:
-    """Read a review's `status`: both allowed and denied is a denial. Raises `ValueError` when it holds no answer."""
-    if not isinstance(status, dict) or not isinstance(status.get("allowed"), bool):
-        raise ValueError("the review has no status")  # noqa: TRY004 - what was read is wrong, not our call
+def is_keepable(info: RequestInfo) -> bool:
+    """Whether what the client chose is short enough for the answer to be kept (`shouldCache` of k8s.io/apiserver)."""
+    chosen = (
+        *(info.namespace, info.verb, info.api_group, info.api_version),
+        *(info.resource, info.subresource, info.name, info.path),
+    )
+    return sum(len(part) for part in chosen) < _LARGEST_KEPT
+
+
+def decide(status: Json) -> Decision:
+    """Read a review's `status`: both allowed and denied is a denial. Raises `ReviewError` when it holds no answer."""
+    if not isinstance(status.get("allowed"), bool):
+        raise ReviewError("the SubjectAccessReview came back without an answer")
     allowed = status["allowed"] and status.get("denied") is not True
     return Decision(allowed, str(status.get("reason") or ""))
 
@@ -137,6 +171,23 @@ def forbidden(user: User, info: RequestInfo, reason: str = "") -> StatusError:
     )
 
 
+def _undecided(error: ReviewError) -> StatusError:
+    """`errors.NewInternalError` of k8s.io/apimachinery."""
+    cause = f"a SubjectAccessReview failed: {error}"
+    return StatusError(500, f"Internal error occurred: {cause}", details={"causes": [{"message": cause}]})
+
+
 def _quoted(text: str) -> str:
-    """As Go's `%q` does it for what can stand in a name."""
-    return json.dumps(text, ensure_ascii=False)
+    """As Go's `%q` does it: what can't be printed is escaped, so that no name can pass for more than a name."""
+    return '"' + "".join(map(_escaped, text)) + '"'
+
+
+def _escaped(character: str) -> str:
+    if (short := _SHORT_ESCAPES.get(character)) is not None:
+        return short
+    if character.isprintable():
+        return character
+    number = ord(character)
+    if number < 0x80:
+        return f"\\x{number:02x}"
+    return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"

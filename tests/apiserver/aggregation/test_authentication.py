@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from apiserver.aggregation.authentication import FrontProxy, Peer, User, reviewed_user
+from apiserver.aggregation.authentication import FrontProxy, Peer, User, bearer_token, reviewed_user
+from apiserver.aggregation.review import ReviewError
+from kube.status import StatusError
 
 NOW = datetime(2026, 12, 1, tzinfo=UTC)
 
@@ -160,12 +162,19 @@ def test_a_configmap_that_cannot_be_read_is_refused(data: dict[str, str], messag
         (["front-proxy-client"], "admin", False),
         (["front-proxy-client"], "", False),
         (["a", "b"], "b", True),
+        ([""], "anyone", False),
+        ([" a"], "a", False),
         ([], "anyone", True),
         ([], "", True),
     ],
 )
 def test_a_front_proxy_needs_an_allowed_name(names: list[str], common_name: str, allowed: bool) -> None:
     assert front_proxy(**{"requestheader-allowed-names": json.dumps(names)}).allows(common_name) is allowed
+
+
+@pytest.mark.parametrize("published", ["", "null", "[]"])
+def test_a_list_that_is_not_there_is_empty(published: str) -> None:
+    assert front_proxy(**{"requestheader-allowed-names": published}).allowed_names == ()
 
 
 def test_the_last_common_name_of_a_certificate_counts_as_in_go() -> None:
@@ -184,6 +193,7 @@ OTHER = Authority("another-ca")
         pytest.param({AUTHORITY.der, OTHER.der}, [OTHER], NOW, False, id="its CA was removed"),
         pytest.param({AUTHORITY.der}, [OTHER], NOW, False, id="its CA was replaced"),
         pytest.param({AUTHORITY.der}, [AUTHORITY], NOW + timedelta(days=6), False, id="it has expired"),
+        pytest.param({AUTHORITY.der, OTHER.der}, [AUTHORITY, OTHER], NOW + timedelta(days=6), False, id="all expired"),
         pytest.param(set(), [OTHER], NOW, False, id="nothing is known of its verification"),
     ],
 )
@@ -213,5 +223,37 @@ def test_a_token_review_names_a_user_only_when_it_says_so(status: dict[str, obje
 
 
 def test_a_token_review_without_a_name_is_no_answer() -> None:
-    with pytest.raises(ValueError, match="names no user"):
+    with pytest.raises(ReviewError, match="names no user"):
         reviewed_user({"authenticated": True, "user": {}})
+
+
+def test_a_token_that_is_refused_with_a_reason_is_an_error_that_is_not_kept() -> None:
+    with pytest.raises(StatusError, match="Unauthorized"):
+        reviewed_user({"authenticated": False, "error": "[invalid bearer token]"})
+
+
+@pytest.mark.parametrize(
+    ("header", "token"),
+    [
+        ("", None),
+        ("Bearer", None),
+        ("Bearer ", None),
+        ("Bearer t", "t"),
+        ("bEARER t", "t"),
+        ("  Bearer t  ", "t"),
+        ("Bearer  t", None),
+        ("Bearer t u", "t"),
+        ("Bearer\tt", None),
+        ("Bearert", None),
+        ("Basic t", None),
+    ],
+)
+def test_a_bearer_token_is_read_as_in_kubernetes(header: str, token: str | None) -> None:
+    assert bearer_token(header) == token
+
+
+def test_a_user_weighs_what_their_names_take() -> None:
+    light = User(name="alice")
+    heavy = User(name="alice", groups=tuple(f"group-{n}" for n in range(10_000)), extra={"k": ("v" * 1000,)})
+
+    assert heavy.weight - light.weight > 100_000
