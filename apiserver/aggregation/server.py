@@ -12,18 +12,19 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler as AiohttpHandler
 
-from apiserver.aggregation.authentication import Authenticator, User
+from apiserver.aggregation.authentication import Authenticated, Authenticator, User
 from apiserver.aggregation.authorization import Authorizer
 from apiserver.aggregation.discovery import Discovery
 from apiserver.aggregation.document import Document
 from apiserver.aggregation.group import Call, Endpoint, Found, Group, find
 from apiserver.aggregation.openapi import OpenAPI, Schemas
+from apiserver.aggregation.permission import Permissions
 from apiserver.aggregation.requestinfo import MethodError, PathError, RequestInfo, parse
 from kube.serve import Check, unready
 from kube.status import StatusError, bad_request, internal_error, method_not_allowed, too_many_requests
@@ -63,6 +64,7 @@ class Server:
         self._groups = tuple(groups)
         self._authenticator = authenticator
         self._authorizer = authorizer
+        self._permissions = Permissions(authenticator, authorizer)
         self._discovery = Discovery(groups)
         self._openapi = OpenAPI(groups, schemas, title=title, version=version)
         self._root = Document({"paths": sorted((*self._discovery.paths, *self._openapi.paths, *HEALTH_PATHS))})
@@ -142,17 +144,18 @@ class Server:
         if info.verb == "proxy":
             # kube-apiserver reads no subresource out of such a path, and so has not authorized what it leads to.
             raise _not_found()
-        user = request[_USER] = await self._authenticator.authenticate(request.headers, request.transport)
+        authenticated = await self._authenticator.authenticate(request.headers, request.transport)
+        user = request[_USER] = authenticated.user
         found = find(self._groups, info)
         if found is not None and (problem := found.problem()) is not None:
             raise bad_request(problem)
         await self._authorizer.authorize(user, info)
         if info.is_resource_request:
-            return await self._call(request, info, user, found)
+            return await self._call(request, info, authenticated, found)
         return self._document(request, info)
 
     async def _call(
-        self, request: web.Request, info: RequestInfo, user: User, found: Found | None
+        self, request: web.Request, info: RequestInfo, authenticated: Authenticated, found: Found | None
     ) -> web.StreamResponse:
         if found is None:
             raise _not_found()
@@ -162,10 +165,13 @@ class Server:
                 f'{info.verb or request.method} is not supported on "{info.resource}/{info.subresource}"; '
                 f"these verbs are: {', '.join(sorted(found.endpoints))}"
             )
+        user = authenticated.user
         warnings = request[_WARNINGS] = []
         call = Call(request=request, info=info, user=user, segments=found.segments, warnings=warnings)
+        permission = self._permissions.upheld(authenticated, info) if endpoint.streams else nullcontext()
         with self._counted(user, endpoint):
-            return await endpoint.handle(call)
+            async with permission:
+                return await endpoint.handle(call)
 
     @contextmanager
     def _counted(self, user: User, endpoint: Endpoint) -> Iterator[None]:
