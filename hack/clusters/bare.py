@@ -40,8 +40,10 @@ class BareControlPlane:
 
 
 @contextlib.contextmanager
-def bare_control_plane(directory: Path) -> Iterator[BareControlPlane]:
+def bare_control_plane(directory: Path, *arguments: str) -> Iterator[BareControlPlane]:
     """Start one that lives as long as the block; Failure, with the log's end, when it does not come up.
+
+    kube-apiserver gets the `arguments` beside its usual ones.
 
     RBAC and the front proxy are as in the cluster. No controller runs, so nothing makes ServiceAccounts.
     The aggregator routes by cluster address, so an APIService or webhook may name a Service of type ExternalName, which
@@ -67,10 +69,10 @@ def bare_control_plane(directory: Path) -> Iterator[BareControlPlane]:
         front_proxy=front_proxy,
     )
     plane.kubeconfig_for("admin", "system:masters")
-    loopback = ["--bind-address=127.0.0.1", "--endpoint-reconciler-type=none"]
+    more = ["--bind-address=127.0.0.1", "--endpoint-reconciler-type=none", *arguments]
     with contextlib.ExitStack() as programs:
         etcd = programs.enter_context(_running(directory, "etcd", settings.etcd()))
-        server = programs.enter_context(_running(directory, "kube-apiserver", [*settings.kube_apiserver(), *loopback]))
+        server = programs.enter_context(_running(directory, "kube-apiserver", [*settings.kube_apiserver(), *more]))
         api = Api(plane.kubeconfig)
         deadline = time.monotonic() + PATIENCE
         while not api.ready():

@@ -7,14 +7,15 @@ import json
 import os
 import signal
 import ssl
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager
 
 import aiohttp
 import pytest
 import pytest_asyncio
 
 from hack.clusters.bare import BareControlPlane, bare_control_plane
-from hack.clusters.pki import Authority
+from hack.clusters.pki import Authority, Pair
 from kube.client import CONFIGMAPS, Resource
 from tests.cluster.aggregated import (
     FILES,
@@ -24,6 +25,7 @@ from tests.cluster.aggregated import (
     SMALL,
     Answer,
     Headers,
+    Server,
     World,
     eventually,
     installed,
@@ -35,6 +37,8 @@ OTHER_UID = "00000000-0000-4000-8000-000000000000"
 CLUSTERROLEBINDINGS = Resource(
     "rbac.authorization.k8s.io", "v1", "clusterrolebindings", "ClusterRoleBinding", namespaced=False
 )
+ROLEBINDINGS = Resource("rbac.authorization.k8s.io", "v1", "rolebindings", "RoleBinding", namespaced=True)
+SERVICEACCOUNTS = Resource("", "v1", "serviceaccounts", "ServiceAccount", namespaced=True)
 
 
 @pytest.fixture(scope="module")
@@ -487,6 +491,155 @@ async def test_no_answer_is_given_while_authorization_does_not_work(world: World
         await world.client.create(CLUSTERROLEBINDINGS, binding)
 
     await eventually(world.is_ready)
+
+
+@asynccontextmanager
+async def reading(
+    server: Server, path: str, headers: Mapping[str, str], certificate: Pair | None = None
+) -> AsyncIterator[aiohttp.ClientResponse]:
+    """An answer on its way, at the pace of whoever reads it."""
+    url = f"https://{server.address}:{server.port}{path}"
+    async with (
+        aiohttp.ClientSession(headers=headers) as session,
+        session.get(url, ssl=server.tls(certificate), server_hostname=server.name) as response,
+    ):
+        assert response.status == 200, await response.read()
+        yield response
+
+
+async def may_read(world: World, **authorization: str) -> None:
+    """Wait until a RoleBinding counts."""
+
+    async def is_allowed() -> bool:
+        return (await world.apiserver.ask(FILES, headers=authorization.items())).code == 200
+
+    await eventually(is_allowed)
+
+
+async def service_account_token(world: World, name: str) -> str:
+    """That of a new ServiceAccount in the namespace `dev`, which may read files there."""
+    await bound(world, name, f"--serviceaccount=dev:{name}")
+    for arguments in (("create", "serviceaccount", name), ("create", "token", name)):
+        code, out, err = await world.kubectl("-n", "dev", *arguments)
+        assert code == 0, err
+    token = out.decode().strip()
+    await may_read(world, Authorization=f"Bearer {token}")
+    return token
+
+
+async def bound(world: World, name: str, subject: str) -> None:
+    command = ("create", "rolebinding", name, "--clusterrole=kubepcap-files-reader", subject)
+    code, _, err = await world.kubectl("-n", "dev", *command)
+    assert code == 0, err
+
+
+async def test_a_download_ends_when_its_right_is_taken_back_and_another_users_goes_on(world: World) -> None:
+    """Two end: one of a ServiceAccount's own, which stands still, and one that a client reads slowly."""
+    slow, still = world.agents["node-1"], world.agents["node-2"]
+    slow.files[LARGE] = os.urandom(50_000_000)
+    still.pause_at = 1000
+    await bound(world, "sam", "--user=sam")
+    token = await service_account_token(world, "reader")
+    bearer, sam = {"Authorization": f"Bearer {token}"}, {"Impersonate-User": "sam"}
+    try:
+        async with (
+            reading(world.apiserver, f"{FILES}/node-2/{LARGE}", bearer) as standing,
+            reading(world.kube_apiserver, f"{FILES}/node-1/{LARGE}", sam, world.admin) as slowly,
+            world.download("node-2") as kept,
+        ):
+            for name in ("reader", "sam"):
+                await world.client.delete(ROLEBINDINGS, name, namespace="dev")
+
+            async def is_told() -> bool:
+                await slowly.content.readexactly(10_000)
+                log = await asyncio.to_thread(world.log.read_text)
+                return all(
+                    f"'{user}' is no longer let get" in log for user in ("system:serviceaccount:dev:reader", "sam")
+                )
+
+            await eventually(is_told)
+            for ended in (standing, slowly):
+                with pytest.raises(aiohttp.ClientError):
+                    await ended.content.read()
+            still.go_on.set()
+            assert len(await kept.content.read()) == len(still.files[LARGE])
+    finally:
+        slow.files[LARGE] = os.urandom(3_000_000)
+        still.pause_at = None
+        still.go_on.clear()
+
+
+async def test_a_download_ends_when_its_token_is_no_longer_valid(world: World) -> None:
+    agent = world.agents["node-2"]
+    agent.pause_at = 1000
+    token = await service_account_token(world, "passing")
+    try:
+        async with reading(
+            world.apiserver, f"{FILES}/node-2/{LARGE}", {"Authorization": f"Bearer {token}"}
+        ) as response:
+            await world.client.delete(SERVICEACCOUNTS, "passing", namespace="dev")
+            async with asyncio.timeout(2 * PATIENCE):  # kube-apiserver believes a token for ten seconds itself
+                with pytest.raises(aiohttp.ClientError):
+                    await response.content.read()
+    finally:
+        agent.pause_at = None
+    log = await asyncio.to_thread(world.log.read_text)
+    assert "'system:serviceaccount:dev:passing' is no longer let get" in log
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("requestheader-client-ca-file", "garbage"), ("requestheader-allowed-names", "{"), (None, None)],
+)
+async def test_what_was_last_known_of_front_proxies_stays_in_force(
+    world: World, key: str | None, value: str | None
+) -> None:
+    """With None the whole ConfigMap is deleted, which kube-apiserver makes anew."""
+    name, namespace = "extension-apiserver-authentication", "kube-system"
+    published = await world.client.get(CONFIGMAPS, name, namespace=namespace)
+    lines = len(world.log.read_text().splitlines())
+
+    async def is_noticed() -> bool:
+        log = await asyncio.to_thread(world.log.read_text)
+        return any("what it said last stays in force" in line for line in log.splitlines()[lines:])
+
+    if key is None:
+        await world.client.delete(CONFIGMAPS, name, namespace=namespace)
+    else:
+        await world.client.patch(CONFIGMAPS, name, {"data": {key: value}}, namespace=namespace)
+    try:
+        await eventually(is_noticed)
+        answer = await world.get_as_front_proxy(FILES, headers=[("X-Remote-User", "alice")])
+        refused = await world.apiserver.ask(FILES, headers=[("X-Remote-User", "alice")])
+        ready = await world.apiserver.ask("/readyz")
+    finally:
+        if key is not None:
+            await world.client.patch(CONFIGMAPS, name, {"data": {key: published["data"][key]}}, namespace=namespace)
+
+    assert (answer.code, refused.code, ready.code) == (200, 401, 200)
+
+
+async def test_a_token_that_can_not_be_checked_is_no_token(world: World) -> None:
+    token = await service_account_token(world, "unchecked")
+    name = "kubepcap:apiserver:auth-delegator"
+    binding = await world.client.get(CLUSTERROLEBINDINGS, name)
+    await world.client.delete(CLUSTERROLEBINDINGS, name)
+    try:
+
+        async def is_refused() -> bool:
+            """With another token each time: answers are kept."""
+            code, out, err = await world.kubectl("-n", "dev", "create", "token", "unchecked")
+            assert code == 0, err
+            headers = [("Authorization", f"Bearer {out.decode().strip()}")]
+            return (await world.apiserver.ask(FILES, headers=headers)).code == 401
+
+        await eventually(is_refused)
+    finally:
+        del binding["metadata"]["resourceVersion"], binding["metadata"]["uid"]
+        await world.client.create(CLUSTERROLEBINDINGS, binding)
+    await eventually(world.is_ready)
+
+    await may_read(world, Authorization=f"Bearer {token}")
 
 
 async def test_sigterm_lets_a_download_end_and_takes_no_new_one(world: World) -> None:

@@ -1,3 +1,4 @@
+import asyncio
 from contextlib import nullcontext
 from typing import Any
 
@@ -9,6 +10,7 @@ from apiserver.aggregation.requestinfo import parse
 from apiserver.aggregation.review import ReviewError
 from kube.client import Client, Json
 from kube.status import StatusError
+from tests.apiserver.ahead import run
 
 ALICE = User(name="alice", uid="42", groups=("devs", "system:authenticated"), extra={"scopes": ("a", "b")})
 FILES = "/apis/subresources.kubepcap.io/v1/namespaces/dev/packetcaptures/x/files"
@@ -130,11 +132,11 @@ class KubeAPIServer(Client):
 
     def __init__(self, *answers: Json | StatusError) -> None:
         self.asked: list[Json] = []
-        self._answers = list(answers)
+        self.answers = list(answers)
 
     async def create(self, *arguments: Any, **_: Any) -> Json:
         self.asked.append(arguments[1]["spec"])
-        answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if isinstance(answer, StatusError):
             raise answer
         return {"status": answer}
@@ -213,3 +215,23 @@ async def test_a_user_of_whom_nothing_can_be_asked_ends_nobody_elses_readiness(c
 
     assert raised.value.code == 500
     assert authorizer.check() is None
+
+
+def test_readiness_tells_how_it_is_while_nobody_asks_for_anything() -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        server = KubeAPIServer({"allowed": True}, {"allowed": True}, StatusError(403, "no right to ask"))
+        authorizer = Authorizer(server, clock=loop.time)
+        assert authorizer.check() == "no SubjectAccessReview was answered yet"
+        probing = asyncio.create_task(authorizer.run())
+
+        await asyncio.sleep(1)
+        assert authorizer.check() is None
+        await asyncio.sleep(60)
+        assert authorizer.check() == "a SubjectAccessReview failed: no right to ask"
+        server.answers = [{"allowed": False}]
+        await asyncio.sleep(6)
+        assert authorizer.check() is None
+        probing.cancel()
+
+    run(main())

@@ -2,9 +2,8 @@
 
 import asyncio
 import math
-import selectors
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -16,41 +15,12 @@ from apiserver.aggregation.permission import REVOKED_WITHIN, Permissions
 from apiserver.aggregation.requestinfo import parse
 from kube.client import Client, Json
 from kube.status import StatusError
-
-T = TypeVar("T")
+from tests.apiserver.ahead import run
 
 ALICE = Authenticated(user=User(name="alice"))
 FILE = parse("GET", "/apis/subresources.kubepcap.io/v1/namespaces/dev/packetcaptures/x/files/n/f.pcap")
 HOUR = 3600.0
 ROUNDING = 1e-6
-
-
-class Skipping(selectors.SelectSelector):
-    """Instead of waiting it says that the time has passed."""
-
-    passed = 1000.0
-
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        ready = super().select(0 if timeout else timeout)
-        if not ready and timeout:
-            self.passed += timeout
-        return ready
-
-
-class Ahead(asyncio.SelectorEventLoop):
-    """A loop whose time is that of its selector."""
-
-    def __init__(self) -> None:
-        self._skipping = Skipping()
-        super().__init__(self._skipping)
-
-    def time(self) -> float:
-        return self._skipping.passed
-
-
-def run(main: Coroutine[Any, Any, T]) -> T:
-    with asyncio.Runner(loop_factory=Ahead) as runner:
-        return runner.run(main)
 
 
 def now() -> float:
