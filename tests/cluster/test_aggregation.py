@@ -134,7 +134,7 @@ def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BareControlPlane
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def world(plane: BareControlPlane) -> AsyncIterator[World]:
-    authority = Authority.create("things")
+    authority = Authority.create("things-ca")
     tls = ServerTLS(client_certificates="optional")
     pair = authority.issue("things", hosts=[HOST])
     tls.use(key_pair=KeyPair.of(certificate=pair.certificate, key=pair.key))
@@ -277,7 +277,7 @@ async def test_a_watch_is_authorized_as_one(world: World) -> None:
     front_proxy = world.plane.front_proxy.issue("front-proxy-client")
     path = f"{VERSION}/{{}}{THING}/feed"
 
-    async def refusal(prefix: str, user: str) -> Answer:
+    async def directly(prefix: str, user: str) -> Answer:
         return await world.server.ask(
             path.format(prefix), method="HEAD", headers=[("X-Remote-User", user)], certificate=front_proxy
         )
@@ -285,7 +285,7 @@ async def test_a_watch_is_authorized_as_one(world: World) -> None:
     for user, prefix, verb in (("walter", "", "get"), ("gerda", "watch/", "watch")):
         through = await world.ask(path.format(prefix), user=user)
         assert (through.code, f'User "{user}" cannot {verb} resource "things/feed"' in through.message) == (403, True)
-        assert (await refusal(prefix, user)).code == 403
+        assert (await directly(prefix, user)).code == 403
 
 
 @pytest.mark.parametrize(

@@ -217,10 +217,19 @@ async def test_kubectl_prints_a_refusal_in_the_words_of_kubernetes(world: World)
 
 
 @pytest.mark.parametrize(
-    ("user", "namespace", "answer"), [("alice", "dev", "yes"), ("alice", "prod", "no"), ("victor", "dev", "no")]
+    ("user", "name", "namespace", "answer"),
+    [
+        ("alice", "", "dev", "yes"),
+        ("alice", "/web", "dev", "yes"),
+        ("alice", "", "prod", "no"),
+        ("victor", "", "dev", "no"),
+        ("bob", "", "dev", "no"),
+        ("bob", "/web", "dev", "yes"),
+        ("bob", "/other", "dev", "no"),
+    ],
 )
-async def test_can_i_answers_truly(world: World, user: str, namespace: str, answer: str) -> None:
-    resource = "packetcaptures.subresources.kubepcap.io"
+async def test_can_i_answers_truly(world: World, user: str, name: str, namespace: str, answer: str) -> None:
+    resource = f"packetcaptures.subresources.kubepcap.io{name}"
     _, out, err = await world.kubectl(
         "auth", "can-i", "get", resource, "--subresource=files", f"--namespace={namespace}", f"--as={user}"
     )
@@ -566,6 +575,7 @@ async def test_a_download_ends_when_its_right_is_taken_back_and_another_users_go
     finally:
         slow.files[LARGE] = os.urandom(3_000_000)
         still.pause_at = None
+        still.go_on.set()
         still.go_on.clear()
 
 
@@ -583,6 +593,8 @@ async def test_a_download_ends_when_its_token_is_no_longer_valid(world: World) -
                     await response.content.read()
     finally:
         agent.pause_at = None
+        agent.go_on.set()
+        agent.go_on.clear()
     log = await asyncio.to_thread(world.log.read_text)
     assert "'system:serviceaccount:dev:passing' is no longer let get" in log
 
