@@ -1,5 +1,8 @@
+import asyncio
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -11,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from apiserver.aggregation.authentication import FrontProxy, Peer, User, bearer_token, reviewed_user
+from apiserver.aggregation.authentication import Authenticator, FrontProxy, Peer, User, bearer_token, reviewed_user
 from apiserver.aggregation.review import ReviewError
+from kube.client import Client, Json
 from kube.status import StatusError
 
 NOW = datetime(2026, 12, 1, tzinfo=UTC)
@@ -257,3 +261,92 @@ def test_a_user_weighs_what_their_names_take() -> None:
     heavy = User(name="alice", groups=tuple(f"group-{n}" for n in range(10_000)), extra={"k": ("v" * 1000,)})
 
     assert heavy.weight - light.weight > 100_000
+
+
+class KubeAPIServer(Client):
+    """Answers TokenReviews from a script, the last one for ever, when the loop has turned a few times."""
+
+    def __init__(self, *answers: Json | StatusError) -> None:
+        self.asked = 0
+        self._answers = list(answers)
+
+    async def create(self, *_: Any, **__: Any) -> Json:
+        self.asked += 1
+        for _turn in range(5):
+            await asyncio.sleep(0)
+        answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+        if isinstance(answer, StatusError):
+            raise answer
+        return {"status": answer}
+
+
+NAMED: Json = {"authenticated": True, "user": {"username": "alice", "groups": ["devs"]}}
+BEARER = headers(("Authorization", "Bearer t"))
+
+
+def authenticator(*answers: Json | StatusError) -> tuple[Authenticator, KubeAPIServer]:
+    server = KubeAPIServer(*answers)
+    return Authenticator(server, on_trust=lambda _: None), server
+
+
+async def test_a_token_is_asked_about_once_however_many_come_with_it() -> None:
+    ours, server = authenticator(NAMED)
+
+    named = await asyncio.gather(*(ours.authenticate(BEARER, None) for _ in range(20)))
+
+    assert {each.user.name for each in named} == {"alice"}
+    assert named[0].user.groups == ("devs", "system:authenticated")
+    assert server.asked == 1
+    await ours.authenticate(headers(("Authorization", "Bearer u")), None)
+    assert server.asked == 2
+
+
+async def test_the_token_itself_is_shown_nowhere() -> None:
+    ours, _ = authenticator(NAMED)
+
+    assert "'t'" not in repr(await ours.authenticate(BEARER, None))
+
+
+@pytest.mark.parametrize(
+    ("answer", "asked"),
+    [
+        ({"authenticated": False}, 1),
+        ({"authenticated": False, "error": "[invalid bearer token]"}, 2),
+        ({"authenticated": True, "user": {}}, 2),
+        (StatusError(403, "no right to ask"), 2),
+        (StatusError(503, "down"), 2),
+    ],
+)
+async def test_a_token_that_names_nobody_is_refused_and_a_failure_is_not_kept(
+    answer: Json | StatusError, asked: int
+) -> None:
+    ours, server = authenticator(answer)
+
+    for _ in range(2):
+        with pytest.raises(StatusError, match=r"^Unauthorized$") as raised:
+            await ours.authenticate(BEARER, None)
+        assert raised.value.code == 401
+
+    assert server.asked == asked
+
+
+async def test_headers_of_a_front_proxy_mean_nothing_without_one() -> None:
+    ours, _ = authenticator(NAMED)
+
+    with pytest.raises(StatusError, match="Unauthorized"):
+        await ours.authenticate(headers(ALICE), None)
+    named = await ours.authenticate(headers(("X-Remote-User", "root"), ("Authorization", "Bearer t")), None)
+    assert named.user.name == "alice"
+
+
+async def test_a_token_is_confirmed_by_a_review_and_a_front_proxys_word_stands() -> None:
+    failure = StatusError(503, "down")
+    ours, server = authenticator({"authenticated": True, "user": {"username": "alice"}}, failure)
+    named = await ours.authenticate(BEARER, None)
+
+    assert (await ours.confirm(named)).name == "alice"
+    assert server.asked == 1, "it was just asked for"
+    with pytest.raises(StatusError) as raised:
+        await ours.confirm(replace(named, token="another"))
+    assert raised.value.code == 500, "nothing can be told of it"
+    assert await ours.confirm(replace(named, token=None)) == named.user
