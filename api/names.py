@@ -14,15 +14,20 @@ WEBHOOK_PATH_SECRET = "kubepcap-webhook-path"  # noqa: S105 - its name
 WEBHOOK_PATH_KEY = "path"
 
 _LONGEST_POD = 150
-_UID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
-_STATIC_POD_UID = re.compile(r"[0-9a-f]{32}")  # kubelet gives it, a hash
 _DNS_LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
-_DNS_SUBDOMAIN = re.compile(rf"{_DNS_LABEL}(\.{_DNS_LABEL})*")
+# As JSON Schema reads them too (ECMA-262), for whom they are said in OpenAPI.
+UID_PATTERN = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
+DNS_SUBDOMAIN_PATTERN = rf"{_DNS_LABEL}(\.{_DNS_LABEL})*"
+FILE_NAME_PATTERN = (
+    r"[a-z0-9][-a-z0-9.]{0,149}_[A-Za-z0-9.@+=-]{1,15}-[0-9]{8}T[0-9]{6}\.[0-9]{9}Z-[0-9a-f]{8}-[0-9]{1,10}"
+    r"\.pcap"
+)
+_UID = re.compile(UID_PATTERN)
+_STATIC_POD_UID = re.compile(r"[0-9a-f]{32}")  # kubelet gives it, a hash
+_DNS_SUBDOMAIN = re.compile(DNS_SUBDOMAIN_PATTERN)
 _WEBHOOK_PATH = re.compile(r"[a-z0-9]{16,63}")
 _UNSAFE_IN_INTERFACE = re.compile(r"[^A-Za-z0-9.@+-]")
-_FILE_NAME = re.compile(
-    r"[a-z0-9][-a-z0-9.]{0,149}_[A-Za-z0-9.@+=-]{1,15}-\d{8}T\d{6}\.\d{9}Z-[0-9a-f]{8}-\d{1,10}" + re.escape(SUFFIX)
-)
+_FILE_NAME = re.compile(FILE_NAME_PATTERN)
 
 
 def file_name(*, pod: str, interface: str, created_ns: int, pod_uid: str, sequence: int) -> str:

@@ -3,8 +3,9 @@
 One description serves everything that must agree: dispatch, discovery, OpenAPI, and which names are let through.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from aiohttp import web
 
@@ -32,11 +33,15 @@ Handler = Callable[[Call], Awaitable[web.StreamResponse]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """A variable part of the path after the subresource; `problem` says what is wrong with a value, None if nothing."""
+    """A variable part of the path after the subresource; `problem` says what is wrong with a value, None if nothing.
+
+    `schema` says it in JSON Schema, for the documentation.
+    """
 
     name: str
     description: str
     problem: Callable[[str], str | None]
+    schema: Mapping[str, Any] = field(default_factory=lambda: {"type": "string"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +50,15 @@ class Query:
 
     name: str
     description: str
-    type: str = "string"
+    schema: Mapping[str, Any] = field(default_factory=lambda: {"type": "string"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """A header of requests or of answers, for the documentation; the handler reads or writes it."""
+
+    name: str
+    description: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +66,8 @@ class Endpoint:
     """Answers one verb on a subresource, with `segments` after it.
 
     `answers` is the name of the schema of the JSON that it gives, or None when it gives a `content_type` of bytes. A
-    `streams` request may last: it counts against the number that each user may have at a time.
+    `streams` request may last: it counts against the number that each user may have at a time. `successes` and
+    `refusals` are the codes of its answers, for the documentation, but for those that any request may get.
     """
 
     verb: str
@@ -61,8 +75,12 @@ class Endpoint:
     description: str
     segments: tuple[Segment, ...] = ()
     queries: tuple[Query, ...] = ()
+    headers: tuple[Header, ...] = ()
     answers: str | None = None
     content_type: str = "application/json"
+    answer_headers: tuple[Header, ...] = ()
+    successes: Mapping[int, str] = field(default_factory=lambda: {200: "OK"})
+    refusals: Mapping[int, str] = field(default_factory=dict)
     streams: bool = False
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from apiserver.aggregation.document import Document
-from apiserver.aggregation.group import Endpoint, Group, Resource, Subresource
+from apiserver.aggregation.group import Endpoint, Group, Header, Resource, Subresource
 
 Json = dict[str, Any]
 Schemas = Mapping[str, Json]
@@ -17,7 +17,40 @@ Schemas = Mapping[str, Json]
 
 _METHODS = {"get": "get", "watch": "get", "delete": "delete"}
 _ACTIONS = {"get": "read", "watch": "watch", "delete": "delete"}
-_REFUSALS = {"401": {"description": "Unauthorized"}}
+# What a request may meet whatever it asks for.
+_REFUSALS = {
+    400: "Bad Request: a part of the path or a parameter can't be read",
+    401: "Unauthorized",
+    403: "Forbidden",
+    500: "Internal Server Error",
+    503: "Service Unavailable",
+}
+_SHORT_REFUSALS = {504: "Gateway Timeout"}
+_STREAM_REFUSALS = {429: "Too Many Requests: the user has as many such requests under way as one may have"}
+_STATUS = "Status"
+_STATUS_SCHEMA: Json = {
+    "type": "object",
+    "description": "why a request failed, as metav1.Status says it",
+    "required": ["kind", "apiVersion", "status", "message", "reason", "code"],
+    "properties": {
+        "kind": {"type": "string", "enum": ["Status"]},
+        "apiVersion": {"type": "string", "enum": ["v1"]},
+        "metadata": {"type": "object"},
+        "status": {"type": "string", "enum": ["Failure"]},
+        "message": {"type": "string", "description": "for a person"},
+        "reason": {"type": "string", "description": "for a program, one of Kubernetes' own words"},
+        "code": {"type": "integer", "format": "int32", "description": "that of the HTTP answer"},
+        "details": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string"},
+                "group": {"type": "string"},
+                "kind": {"type": "string"},
+                "retryAfterSeconds": {"type": "integer", "format": "int32"},
+            },
+        },
+    },
+}
 _V2_REFERENCE = "#/definitions/"
 _V3_REFERENCE = "#/components/schemas/"
 
@@ -52,13 +85,12 @@ def version_2(groups: Sequence[Group], schemas: Schemas, info: Mapping[str, str]
     for group in groups:
         definitions |= _definitions(group, schemas)
         for operation in _operations(group):
-            schema = _answer(operation.endpoint, group, _V2_REFERENCE)
             paths.setdefault(operation.path, {})[operation.method] = {
                 **operation.described(),
                 "schemes": ["https"],
-                "produces": [operation.endpoint.content_type],
-                "parameters": [{**place, "type": kind} for place, kind in operation.parameters()],
-                "responses": {"200": {"description": "OK", "schema": schema}, **_REFUSALS},
+                "produces": sorted({operation.endpoint.content_type, "application/json"}),
+                "parameters": [{**place, **schema} for place, schema in operation.parameters()],
+                "responses": {str(answer.code): _in_version_2(answer) for answer in operation.answers(_V2_REFERENCE)},
             }
     return {"swagger": "2.0", "info": dict(info), "paths": paths, "definitions": definitions}
 
@@ -67,12 +99,10 @@ def version_3(group: Group, schemas: Schemas, info: Mapping[str, str]) -> Json:
     """OpenAPI 3.0.0, a document for each group and version."""
     paths: dict[str, Json] = {}
     for operation in _operations(group):
-        schema = _answer(operation.endpoint, group, _V3_REFERENCE)
-        content = {operation.endpoint.content_type: {"schema": schema}}
         paths.setdefault(operation.path, {})[operation.method] = {
             **operation.described(),
-            "parameters": [{**place, "schema": {"type": kind}} for place, kind in operation.parameters()],
-            "responses": {"200": {"description": "OK", "content": content}, **_REFUSALS},
+            "parameters": [{**place, "schema": dict(schema)} for place, schema in operation.parameters()],
+            "responses": {str(answer.code): _in_version_3(answer) for answer in operation.answers(_V3_REFERENCE)},
         }
     components = {"schemas": _definitions(group, schemas)}
     return {"openapi": "3.0.0", "info": dict(info), "paths": paths, "components": components}
@@ -116,16 +146,68 @@ class _Operation:
             "x-kubernetes-group-version-kind": {"group": group, "version": version, "kind": self.subresource.kind},
         }
 
-    def parameters(self) -> Iterator[tuple[Json, str]]:
-        """Each parameter's place and description, and its type, which the two versions write in different places."""
-        variables = [("name", f"name of the {self.resource.kind}")]
+    def parameters(self) -> Iterator[tuple[Json, Mapping[str, Any]]]:
+        """Each parameter's place and description, and its schema, which the two versions write in different places."""
+        variables: list[tuple[str, str, Mapping[str, Any]]] = [
+            ("name", f"name of the {self.resource.kind}", {"type": "string"})
+        ]
         if self.resource.namespaced:
-            variables.append(("namespace", "object name and auth scope, such as for teams and projects"))
-        variables += ((segment.name, segment.description) for segment in self.endpoint.segments)
-        for name, description in variables:
-            yield {"name": name, "in": "path", "required": True, "description": description}, "string"
+            variables.append(
+                ("namespace", "object name and auth scope, such as for teams and projects", {"type": "string"})
+            )
+        variables += ((segment.name, segment.description, segment.schema) for segment in self.endpoint.segments)
+        for name, description, schema in variables:
+            yield {"name": name, "in": "path", "required": True, "description": description}, schema
         for query in self.endpoint.queries:
-            yield {"name": query.name, "in": "query", "description": query.description}, query.type
+            yield {"name": query.name, "in": "query", "description": query.description}, query.schema
+        for header in self.endpoint.headers:
+            yield {"name": header.name, "in": "header", "description": header.description}, {"type": "string"}
+
+    def answers(self, reference: str) -> Iterator["_Answer"]:
+        """What may come back; `reference` is where the version of OpenAPI has its schemas."""
+        endpoint, prefix = self.endpoint, reference + _prefix(self.group)
+        content: Json = {"type": "string", "format": "binary"}
+        if endpoint.answers is not None:
+            content = {"$ref": prefix + endpoint.answers}
+        for code, description in endpoint.successes.items():
+            if code == 304:
+                yield _Answer(code, description, headers=endpoint.answer_headers)
+            else:
+                yield _Answer(code, description, endpoint.content_type, content, endpoint.answer_headers)
+        refusals = {**_REFUSALS, **(_STREAM_REFUSALS if endpoint.streams else _SHORT_REFUSALS), **endpoint.refusals}
+        for code, description in sorted(refusals.items()):
+            yield _Answer(code, description, "application/json", {"$ref": prefix + _STATUS})
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    code: int
+    description: str
+    content_type: str = ""
+    schema: Json | None = None
+    headers: tuple[Header, ...] = ()
+
+
+def _in_version_2(answer: _Answer) -> Json:
+    described: Json = {"description": answer.description}
+    if answer.schema is not None:
+        described["schema"] = answer.schema
+    if answer.headers:
+        described["headers"] = {
+            header.name: {"description": header.description, "type": "string"} for header in answer.headers
+        }
+    return described
+
+
+def _in_version_3(answer: _Answer) -> Json:
+    described: Json = {"description": answer.description}
+    if answer.schema is not None:
+        described["content"] = {answer.content_type: {"schema": answer.schema}}
+    if answer.headers:
+        described["headers"] = {
+            header.name: {"description": header.description, "schema": {"type": "string"}} for header in answer.headers
+        }
+    return described
 
 
 def _operations(group: Group) -> Iterator[_Operation]:
@@ -136,19 +218,14 @@ def _operations(group: Group) -> Iterator[_Operation]:
 
 
 def _definitions(group: Group, schemas: Schemas) -> Json:
-    return {
+    definitions = {
         _prefix(group) + kind: {
             **schema,
             "x-kubernetes-group-version-kind": [{"group": group.name, "version": group.version, "kind": kind}],
         }
         for kind, schema in schemas.items()
     }
-
-
-def _answer(endpoint: Endpoint, group: Group, reference: str) -> Json:
-    if endpoint.answers is None:
-        return {"type": "string", "format": "binary"}
-    return {"$ref": reference + _prefix(group) + endpoint.answers}
+    return {**definitions, _prefix(group) + _STATUS: _STATUS_SCHEMA}
 
 
 def _prefix(group: Group) -> str:
