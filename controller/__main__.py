@@ -4,6 +4,7 @@ import asyncio
 from dataclasses import dataclass
 from datetime import timedelta
 
+from controller.authority import USUAL, Lifetimes
 from controller.bundles import Bundles
 from controller.captures import Captures
 from controller.events import Events
@@ -11,9 +12,11 @@ from controller.leadership import lead, stand
 from controller.policies import create_missing
 from controller.signer import Signer
 from kube.client import Client
-from kube.serve import environment, health, listening, number, run
+from kube.serve import SettingsError, environment, health, listening, number, run
 
 LEASE = "kubepcap-controller"
+
+_DAY = 24 * 60 * 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,7 @@ class Settings:
     namespace: str
     health_port: int
     counters_interval: timedelta
+    lifetimes: Lifetimes
 
     @classmethod
     def read(cls) -> "Settings":
@@ -35,7 +39,22 @@ class Settings:
             counters_interval=timedelta(
                 seconds=number("COUNTERS_INTERVAL_SECONDS", default=60, low=1, high=3600),
             ),
+            lifetimes=_lifetimes(),
         )
+
+
+def _lifetimes() -> Lifetimes:
+    def seconds(name: str, default: timedelta) -> timedelta:
+        return timedelta(seconds=number(name, default=int(default.total_seconds()), low=1, high=3650 * _DAY))
+
+    try:
+        return Lifetimes(
+            ca=seconds("CA_LIFETIME_SECONDS", USUAL.ca),
+            propagation=seconds("CA_PROPAGATION_SECONDS", USUAL.propagation),
+            leaf=seconds("CERTIFICATE_LIFETIME_SECONDS", USUAL.leaf),
+        )
+    except ValueError as error:
+        raise SettingsError(f"CA_LIFETIME_SECONDS: {error}") from error
 
 
 async def main() -> None:
@@ -59,8 +78,13 @@ async def main() -> None:
 
 async def work(client: Client, settings: Settings) -> None:
     """All of the leader's work, until cancelled. A part that fails ends it, and the process with it."""
-    bundles = Bundles(client, namespace=settings.namespace)
-    signer = Signer(client, namespace=settings.namespace, authority=lambda: bundles.authority)
+    bundles = Bundles(client, namespace=settings.namespace, lifetimes=settings.lifetimes)
+    signer = Signer(
+        client,
+        namespace=settings.namespace,
+        authority=lambda: bundles.authority,
+        lifetime=settings.lifetimes.leaf,
+    )
     events = Events(client, instance=settings.pod)
     captures = Captures(client, events=events, counters_interval=settings.counters_interval)
     async with asyncio.TaskGroup() as tasks:

@@ -15,15 +15,33 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-LIFETIME = timedelta(days=365)
-PROPAGATION = timedelta(hours=1)
-"""From a CA's making to its first signature, when there is an older one to sign meanwhile."""
-LEAF_LIFETIME = timedelta(days=7)
-CLOCK_SKEW = timedelta(minutes=5)
-"""Certificates are valid from this long before they are made, for those whose clock is behind."""
+CLOCK_SKEW = timedelta(minutes=10)
+"""Certificates are valid from this long before they are made: our clock may be five minutes ahead, another's behind."""
 
 USAGES = {"server auth": ExtendedKeyUsageOID.SERVER_AUTH, "client auth": ExtendedKeyUsageOID.CLIENT_AUTH}
 """The extended key usages, as Kubernetes writes them, that we sign for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lifetimes:
+    """How long a CA and the certificates it signs are valid.
+
+    `propagation` goes by from a CA's making to its first signature, when there is an older one to sign meanwhile.
+    Raises `ValueError` when certificates of an old CA could still be needed at its end.
+    """
+
+    ca: timedelta = timedelta(days=365)
+    propagation: timedelta = timedelta(hours=1)
+    leaf: timedelta = timedelta(days=7)
+
+    def __post_init__(self) -> None:
+        if self.propagation + self.leaf > self.ca / 2:
+            raise ValueError(
+                "half of a CA's life must be longer than its propagation and a certificate's life together"
+            )
+
+
+USUAL = Lifetimes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +52,7 @@ class CertificateAuthority:
     key: ec.EllipticCurvePrivateKey
 
     @classmethod
-    def create(cls, now: datetime) -> Self:
+    def create(cls, now: datetime, *, lifetime: timedelta = USUAL.ca) -> Self:
         key = ec.generate_private_key(ec.SECP256R1())
         identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
         # A name of its own: two CAs of one name would leave it to each verifier how it tells them apart.
@@ -47,7 +65,7 @@ class CertificateAuthority:
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
             .not_valid_before(made - CLOCK_SKEW)
-            .not_valid_after(made + LIFETIME)
+            .not_valid_after(made + lifetime)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(_key_usage(signs=True), critical=True)
             .add_extension(identifier, critical=False)
@@ -82,8 +100,12 @@ class CertificateAuthority:
         )
 
     @property
+    def begins(self) -> datetime:
+        return self.certificate.not_valid_before_utc
+
+    @property
     def made(self) -> datetime:
-        return self.certificate.not_valid_before_utc + CLOCK_SKEW
+        return self.begins + CLOCK_SKEW
 
     @property
     def expires(self) -> datetime:
@@ -101,7 +123,7 @@ class CertificateAuthority:
         common_name: str,
         dns_names: Collection[str],
         usage: x509.ObjectIdentifier,
-        lifetime: timedelta = LEAF_LIFETIME,
+        lifetime: timedelta = USUAL.leaf,
         now: datetime,
     ) -> bytes:
         """A certificate (PEM) for the request's key; nothing else is taken from the request. It ends with the CA."""
@@ -116,7 +138,7 @@ class CertificateAuthority:
             .issuer_name(self.certificate.subject)
             .public_key(public)
             .serial_number(x509.random_serial_number())
-            .not_valid_before(max(made - CLOCK_SKEW, self.certificate.not_valid_before_utc))
+            .not_valid_before(max(made - CLOCK_SKEW, self.begins))
             .not_valid_after(min(made + lifetime, self.expires))
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(signs=False), critical=True)
@@ -140,18 +162,25 @@ class Plan:
     changes_at: datetime
 
 
-def plan(authorities: Collection[CertificateAuthority], now: datetime) -> Plan:
-    """What to do with these CAs now. Without any that is valid, one has to be made before anything is signed."""
+def plan(
+    authorities: Collection[CertificateAuthority], now: datetime, *, propagation: timedelta = USUAL.propagation
+) -> Plan:
+    """What to do with these CAs now. Without any that is valid, one has to be made before anything is signed.
+
+    One that is valid only later was made while a clock was far ahead: it is trusted, for it may have signed something,
+    but it neither signs nor stands in the way of a new one.
+    """
     trusted = sorted((ca for ca in authorities if now < ca.expires), key=lambda ca: (ca.made, ca.name), reverse=True)
-    if not trusted:
-        return Plan((), None, create=True, changes_at=now)
-    known = [ca for ca in trusted if ca.made + PROPAGATION <= now]
-    signing = known[0] if known else trusted[-1]
-    moments = [ca.expires for ca in trusted] + [ca.made + PROPAGATION for ca in trusted] + [trusted[0].renew_at]
+    valid = [ca for ca in trusted if ca.begins <= now]
+    if not valid:
+        return Plan(trusted, None, create=True, changes_at=now)
+    known = [ca for ca in valid if ca.made + propagation <= now]
+    signing = known[0] if known else valid[-1]
+    moments = [ca.expires for ca in trusted] + [ca.made + propagation for ca in valid] + [valid[0].renew_at]
     return Plan(
         trusted,
         signing,
-        create=trusted[0].renew_at <= now,
+        create=valid[0].renew_at <= now,
         changes_at=min((moment for moment in moments if moment > now), default=now),
     )
 

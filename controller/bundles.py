@@ -9,12 +9,12 @@ import binascii
 import copy
 import logging
 import secrets
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from datetime import UTC, datetime
 from typing import Any, NoReturn
 
 from api.names import WEBHOOK_PATH_KEY, WEBHOOK_PATH_SECRET, is_webhook_path
-from controller.authority import CertificateAuthority, plan
+from controller.authority import USUAL, CertificateAuthority, Lifetimes, Plan, plan
 from kube.certificates import CA_CONFIGMAP, CA_KEY
 from kube.client import (
     APISERVICES,
@@ -43,9 +43,17 @@ _LABELS = {"app.kubernetes.io/name": "kubepcap"}
 class Bundles:
     """Own `run` in a TaskGroup; `authority` signs once `published` is set."""
 
-    def __init__(self, client: Client, *, namespace: str, clock: Callable[[], datetime] = lambda: datetime.now(UTC)):
+    def __init__(
+        self,
+        client: Client,
+        *,
+        namespace: str,
+        lifetimes: Lifetimes = USUAL,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
         self._client = client
         self._namespace = namespace
+        self._lifetimes = lifetimes
         self._clock = clock
         self._signal = Signal()
         self._authorities: dict[str, CertificateAuthority] = {}
@@ -59,8 +67,13 @@ class Bundles:
 
     @property
     def authority(self) -> CertificateAuthority:
-        """The CA that signs now; everyone could learn of it."""
-        signing = plan(self._authorities.values(), self._clock()).signing
+        """The CA that signs now: everyone had time to learn of it, and it stands where kube-apiserver looks.
+
+        The latter may fail for longer than the former takes; where no CA stands, that is no reason to sign nothing.
+        """
+        known = [ca for ca in self._authorities.values() if self._is_published(ca)]
+        signing = self._plan(known, self._clock()).signing
+        signing = signing or self._plan(self._authorities.values(), self._clock()).signing
         if signing is None:
             raise RuntimeError("there is no CA yet")
         return signing
@@ -80,13 +93,13 @@ class Bundles:
         now = self._clock()
         try:
             self._authorities = await self._keep(now)
-            bundle = b"".join(ca.certificate_pem for ca in plan(self._authorities.values(), now).trusted)
+            bundle = b"".join(ca.certificate_pem for ca in self._plan(self._authorities.values(), now).trusted)
             await self._publish(bundle)
         except StatusError as error:
             _log.warning("the CA could not be published: %s", error.message)
             return _RETRY
         self.published.set()
-        pauses = [_LONGEST_PAUSE, (plan(self._authorities.values(), now).changes_at - now).total_seconds()]
+        pauses = [_LONGEST_PAUSE, (self._plan(self._authorities.values(), now).changes_at - now).total_seconds()]
         for resource, cache in self._trusting.items():
             for item in list(cache.objects.values()):
                 try:
@@ -101,16 +114,26 @@ class Bundles:
         secret = await _found(self._client.get(SECRETS, CA_SECRET, namespace=self._namespace))
         stored = read_authorities(secret or {})
         known = self._authorities | stored
-        planned = plan(known.values(), now)
+        planned = self._plan(known.values(), now)
         if planned.create:
-            made = CertificateAuthority.create(now)
+            made = CertificateAuthority.create(now, lifetime=self._lifetimes.ca)
             known[made.name] = made
-            planned = plan(known.values(), now)
+            planned = self._plan(known.values(), now)
             _log.info("a new CA, %s, until %s", made.name, made.expires)
         kept = {ca.name: ca for ca in planned.trusted}
         if kept.keys() != stored.keys():
             await self._store(CA_SECRET, write_authorities(kept), secret)
         return kept
+
+    def _plan(self, authorities: Collection[CertificateAuthority], now: datetime) -> Plan:
+        return plan(authorities, now, propagation=self._lifetimes.propagation)
+
+    def _is_published(self, authority: CertificateAuthority) -> bool:
+        configmap = self._configmaps.get(CA_CONFIGMAP, self._namespace) or {}
+        bundles = [((configmap.get("data") or {}).get(CA_KEY) or "").encode()]
+        for resource, cache in self._trusting.items():
+            bundles += [bundle for item in cache.objects.values() for bundle in trusted_by(resource, item)]
+        return all(authority.certificate_pem in bundle for bundle in bundles)
 
     async def _publish(self, bundle: bytes) -> None:
         data = {CA_KEY: bundle.decode()}
@@ -178,6 +201,14 @@ def webhooks_trusting(configuration: Json, bundle: bytes, *, path: str) -> Json:
             half = webhook["name"].partition(".")[0]
             address["service"]["path"] = f"/{half}/{path}"
     return wanted
+
+
+def trusted_by(resource: Resource, item: Json) -> list[bytes]:
+    """The bundles (PEM) in an APIService or a webhook configuration."""
+    trusting = (
+        [item["spec"]] if resource is APISERVICES else [one["clientConfig"] for one in item.get("webhooks") or []]
+    )
+    return [base64.b64decode(one.get("caBundle") or "") for one in trusting]
 
 
 def read_authorities(secret: Json) -> dict[str, CertificateAuthority]:

@@ -1,23 +1,19 @@
 """Work that only one of several replicas may do at a time: whoever holds the Lease.
 
-The election is kubernetes-asyncio's. Around it: errors of kube-apiserver mean "not now" and never end the process, work
-that fails ends it, a lease that could not be renewed in time stops the work until it is won again, and a clean exit
-gives the lease back, so that the next replica need not wait for it to run out.
+The election is client-go's (`k8s.io/client-go/tools/leaderelection`). No clock is compared with another's, nor trusted
+to go evenly: whether a lease has run out is measured from when this replica saw it change, by a clock that nobody sets.
+Errors of kube-apiserver mean "not now" and never end the process, work that fails ends it, a lease that could not be
+renewed in time stops the work until it is won again, and a clean exit gives the lease back, so that the next replica
+need not wait for it to run out.
 """
 
 import asyncio
-import json
 import logging
+import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
-
-from kubernetes_asyncio.client.exceptions import ApiException
-from kubernetes_asyncio.leaderelection.electionconfig import Config
-from kubernetes_asyncio.leaderelection.leaderelection import LeaderElection
-from kubernetes_asyncio.leaderelection.leaderelectionrecord import LeaderElectionRecord
-from kubernetes_asyncio.leaderelection.resourcelock.baselock import BaseLock
+from typing import Any, NoReturn
 
 from kube.client import LEASES, Client, Json
 from kube.status import StatusError
@@ -53,26 +49,17 @@ async def lead(
 
     Raises `LeadershipLostError`, or what `work` raises, in an `ExceptionGroup`.
     """
-    lock = LeaseLock(client, namespace=namespace, name=name, identity=identity)
-    election = LeaderElection(
-        Config(
-            lock,
-            lease_duration=timing.lease,
-            renew_deadline=timing.renew,
-            retry_period=timing.retry,
-            onstarted_leading=work,
-            onstopped_leading=work,  # neither is called by us: `run` would not notice the end of the work
-        )
-    )
+    lease = Lease(client, namespace=namespace, name=name, identity=identity, seconds=timing.lease)
     try:
-        await election.acquire()
+        while not await lease.hold():  # noqa: ASYNC110 - who holds it is written down in kube-apiserver
+            await asyncio.sleep(timing.retry)
         _log.info("%s leads", identity)
         async with asyncio.TaskGroup() as tasks:
-            renewing = tasks.create_task(_renew(election, lock, timing), name="renewing the lease")
+            renewing = tasks.create_task(_renew(lease, timing), name="renewing the lease")
             await work()
             renewing.cancel()
     finally:
-        await lock.release()
+        await lease.release()
 
 
 async def stand(attempt: Callable[[], Coroutine[Any, Any, None]], *, identity: str) -> None:
@@ -86,99 +73,112 @@ async def stand(attempt: Callable[[], Coroutine[Any, Any, None]], *, identity: s
             return
 
 
-async def _renew(election: LeaderElection, lock: "LeaseLock", timing: Timing) -> None:
-    """Renew until that fails. The election's own deadline does not cut off a request that hangs; this one does."""
+async def _renew(lease: "Lease", timing: Timing) -> NoReturn:
+    """Renew until that fails for too long; a request that hangs is cut off as well."""
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(timing.renew) as limit:
-            lock.on_renewal = lambda: limit.reschedule(loop.time() + timing.renew)
-            await election.renew_loop()
+            while True:
+                await asyncio.sleep(timing.retry)
+                if await lease.hold():
+                    limit.reschedule(loop.time() + timing.renew)
     except TimeoutError:
-        pass
-    raise LeadershipLostError(f"the lease could not be renewed for {timing.renew:.0f} s")
+        raise LeadershipLostError(f"the lease could not be renewed for {timing.renew:.0f} s") from None
 
 
-class LeaseLock(BaseLock):
-    """A Lease (coordination.k8s.io/v1), as the election wants it. Its times are for people: nobody compares clocks."""
+class Lease:
+    """A Lease (coordination.k8s.io/v1) and what is known of it. The times in it are for people: nobody compares them.
 
-    def __init__(self, client: Client, *, namespace: str, name: str, identity: str) -> None:
-        super().__init__(name, namespace, identity)
+    `clock` gives seconds and never jumps.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        *,
+        namespace: str,
+        name: str,
+        identity: str,
+        seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._client = client
-        self._lease: Json = {}
+        self._namespace = namespace
+        self._name = name
+        self._identity = identity
+        self._seconds = seconds
+        self._clock = clock
+        self._seen: Json | None = None
+        self._seen_at = 0.0
         self._held = False
-        self.on_renewal: Callable[[], None] = lambda: None
 
-    async def get(
-        self, name: str, namespace: str
-    ) -> tuple[bool, LeaderElectionRecord] | tuple[bool, Exception] | tuple[bool, None]:
-        """Raises `LeadershipLostError` when it was ours and is someone else's."""
+    async def hold(self) -> bool:
+        """Take the lease, or renew it. False when it is someone else's, or when kube-apiserver does not let us.
+
+        Raises `LeadershipLostError` when it was ours and is someone else's.
+        """
         try:
-            self._lease = await self._client.get(LEASES, name, namespace=namespace)
+            lease = await self._client.get(LEASES, self._name, namespace=self._namespace)
         except StatusError as error:
-            if error.code != 404:
-                _log.warning("the lease can't be read: %s", error.message)
-            return False, _api_exception(error)
-        spec = self._lease.get("spec") or {}
-        holder = spec.get("holderIdentity") or None
-        if self._held and holder not in (None, self.identity):
+            if error.code == 404:
+                return await self._create()
+            _log.warning("the lease can't be read: %s", error.message)
+            return False
+        spec = lease.get("spec") or {}
+        holder = spec.get("holderIdentity") or ""
+        if self._held and holder not in ("", self._identity):
             self._held = False
             raise LeadershipLostError(f"{holder} took the lease")
-        seconds = spec.get("leaseDurationSeconds")
-        return True, LeaderElectionRecord(
-            holder, str(seconds) if seconds else None, spec.get("acquireTime"), spec.get("renewTime")
-        )
-
-    async def create(self, name: str, namespace: str, election_record: LeaderElectionRecord) -> bool:
-        lease = {
-            "apiVersion": LEASES.api_version,
-            "kind": LEASES.kind,
-            "metadata": {"name": name},
-            "spec": self._spec({}, election_record),
-        }
-        return await self._written(lambda: self._client.create(LEASES, lease, namespace=namespace))
-
-    async def update(self, name: str, namespace: str, updated_record: LeaderElectionRecord) -> bool:
-        lease = self._lease | {"spec": self._spec(self._lease.get("spec") or {}, updated_record)}
-        return await self._written(lambda: self._client.replace(LEASES, name, lease, namespace=namespace))
+        if holder not in ("", self._identity) and not self._has_run_out(spec):
+            return False
+        taken = lease | {"spec": spec | self._spec(spec)}
+        return await self._written(self._client.replace(LEASES, self._name, taken, namespace=self._namespace))
 
     async def release(self) -> None:
         """Give the lease back if it is ours. When that fails it runs out by itself."""
         try:
             async with asyncio.timeout(_RELEASE_PATIENCE):
-                lease = await self._client.get(LEASES, self.name, namespace=self.namespace)
+                lease = await self._client.get(LEASES, self._name, namespace=self._namespace)
                 spec = lease.get("spec") or {}
-                if spec.get("holderIdentity") == self.identity:
+                if spec.get("holderIdentity") == self._identity:
                     released = lease | {"spec": spec | {"holderIdentity": ""}}
-                    await self._client.replace(LEASES, self.name, released, namespace=self.namespace)
-                    _log.info("%s gave the lease back", self.identity)
+                    await self._client.replace(LEASES, self._name, released, namespace=self._namespace)
+                    _log.info("%s gave the lease back", self._identity)
         except (StatusError, TimeoutError) as error:
             _log.warning("the lease was not given back: %s", str(error) or "no answer in time")
 
-    async def _written(self, write: Callable[[], Coroutine[Any, Any, Json]]) -> bool:
+    def _has_run_out(self, spec: Json) -> bool:
+        """Whether the holder has let pass the time that it gave itself, since we last saw a change of it."""
+        if spec != self._seen:
+            self._seen, self._seen_at = spec, self._clock()
+        return self._clock() - self._seen_at >= float(spec.get("leaseDurationSeconds") or self._seconds)
+
+    async def _create(self) -> bool:
+        lease = {
+            "apiVersion": LEASES.api_version,
+            "kind": LEASES.kind,
+            "metadata": {"name": self._name},
+            "spec": self._spec({}),
+        }
+        return await self._written(self._client.create(LEASES, lease, namespace=self._namespace))
+
+    async def _written(self, write: Coroutine[Any, Any, Json]) -> bool:
         try:
-            self._lease = await write()
+            await write
         except StatusError as error:
             if error.code != 409:  # someone was faster: that is how an election goes
                 _log.warning("the lease can't be written: %s", error.message)
             return False
         self._held = True
-        self.on_renewal()
         return True
 
-    def _spec(self, old: Json, record: LeaderElectionRecord) -> Json:
+    def _spec(self, old: Json) -> Json:
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-        taken = old.get("holderIdentity") != self.identity
+        taken = old.get("holderIdentity") != self._identity
         return {
-            "holderIdentity": self.identity,
-            "leaseDurationSeconds": round(float(record.lease_duration or 0)),
+            "holderIdentity": self._identity,
+            "leaseDurationSeconds": round(self._seconds),
             "acquireTime": now if taken else old.get("acquireTime", now),
             "renewTime": now,
             "leaseTransitions": int(old.get("leaseTransitions") or 0) + taken,
         }
-
-
-def _api_exception(error: StatusError) -> ApiException:
-    """What the election looks into to tell a lease that is not there from one that can't be read."""
-    exception = ApiException(status=error.code, reason=error.message)
-    exception.body = json.dumps({"code": error.code}).encode()
-    return exception

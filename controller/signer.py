@@ -21,7 +21,7 @@ from pydantic import Field
 
 from api.names import agent_server_name
 from api.object import Model, ObjectMeta, Timestamp, format_timestamp
-from controller.authority import LEAF_LIFETIME, USAGES, CertificateAuthority
+from controller.authority import USAGES, USUAL, CertificateAuthority
 from kube.certificates import CLIENT_SIGNER, CLIENT_USAGES, SERVING_SIGNER, SERVING_USAGES
 from kube.client import CERTIFICATESIGNINGREQUESTS, NAMESPACES, PODS, Client, Json
 from kube.status import StatusError
@@ -29,8 +29,11 @@ from kube.watch import Cache, Signal
 
 _log = logging.getLogger(__name__)
 
-KEPT_AFTER_ISSUE = timedelta(minutes=5)
-"""An issued request stays this long, for its maker to fetch the certificate and for people to look at it."""
+KEPT_AFTER_ISSUE = timedelta(minutes=10)
+"""An issued request stays this long, for its maker to fetch the certificate and for people to look at it.
+
+Who deletes it may be another leader, whose clock is five minutes ahead.
+"""
 
 _RETRY = 5.0
 _LONGEST_PAUSE = 300.0
@@ -173,8 +176,11 @@ class Grant:
     lifetime: timedelta
 
 
-def check(request: SigningRequest, pod: Json | None, *, namespace: str) -> Grant:
-    """What the request may have, `pod` being the one its token is bound to. Raises `RequestError`."""
+def check(request: SigningRequest, pod: Json | None, *, namespace: str, lifetime: timedelta = USUAL.leaf) -> Grant:
+    """What the request may have, and for how long at most; `pod` is the one its token is bound to.
+
+    Raises `RequestError`.
+    """
     profile = _profile(request, namespace)
     node = _checked_pod(request, pod, profile)
     if sorted(request.spec.usages) != sorted(profile.usages):
@@ -182,7 +188,6 @@ def check(request: SigningRequest, pod: Json | None, *, namespace: str) -> Grant
     names = profile.names(namespace, node)
     demanded = _checked_demand(request, profile.common_name, names)
     (usage,) = (USAGES[usage] for usage in profile.usages if usage in USAGES)
-    lifetime = LEAF_LIFETIME
     if request.spec.expiration_seconds is not None:
         lifetime = min(lifetime, timedelta(seconds=request.spec.expiration_seconds))
     return Grant(demanded, profile.common_name, names, usage, lifetime)
@@ -259,11 +264,13 @@ class Signer:
         *,
         namespace: str,
         authority: Callable[[], CertificateAuthority],
+        lifetime: timedelta = USUAL.leaf,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._client = client
         self._namespace = namespace
         self._authority = authority
+        self._lifetime = lifetime
         self._clock = clock
         self._signal = Signal()
         self._owner: Json | None = None
@@ -309,7 +316,8 @@ class Signer:
         name = request.metadata.name
         item = await self._owned(name, item)
         try:
-            grant = check(request, await self._pod_of(request), namespace=self._namespace)
+            pod = await self._pod_of(request)
+            grant = check(request, pod, namespace=self._namespace, lifetime=self._lifetime)
         except RequestError as refusal:
             _log.warning("certificate request %s is refused: %s", name, refusal, extra={"user": request.spec.username})
             await self._refuse(request, item, refusal)

@@ -9,7 +9,7 @@ import base64
 import logging
 import os
 import ssl
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -34,7 +34,9 @@ CA_CONFIGMAP = "kubepcap-ca"
 CA_KEY = "ca.crt"
 
 _SIGNING_PATIENCE = 60.0
+_SHORTEST_RETRY = 1.0
 _LONGEST_RETRY = 60.0
+_LONGEST_SLEEP = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,6 @@ class KeyPair:
 
     certificate: bytes
     key: bytes
-    not_before: datetime
     not_after: datetime
 
     @classmethod
@@ -53,12 +54,11 @@ class KeyPair:
         private = serialization.load_pem_private_key(key, None)
         if leaf.public_key() != private.public_key():
             raise ValueError("the certificate is not that of the key")
-        return cls(certificate, key, leaf.not_valid_before_utc, leaf.not_valid_after_utc)
+        return cls(certificate, key, leaf.not_valid_after_utc)
 
-    @property
-    def renew_at(self) -> datetime:
-        """After two thirds of its life: early enough for a signer that is away for a while."""
-        return self.not_before + (self.not_after - self.not_before) * 2 / 3
+    def renew_at(self, received: datetime) -> datetime:
+        """After two thirds of what was left of it when it came: early enough for a signer that is away for a while."""
+        return received + (self.not_after - received) * 2 / 3
 
     def load_into(self, context: ssl.SSLContext) -> None:
         with _as_file(self.certificate) as certificate, _as_file(self.key) as key:
@@ -77,8 +77,12 @@ class Identity:
         common_name: str,
         dns_names: Sequence[str] = (),
         on_change: Callable[[KeyPair], None] | None = None,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._client = client
+        self._now = now
+        self._sleep = sleep
         self._signer = signer
         self._usages = usages
         self._common_name = common_name
@@ -94,22 +98,32 @@ class Identity:
         return self.current
 
     async def run(self) -> NoReturn:
-        delay = 1.0
+        delay = _SHORTEST_RETRY
         while True:
             try:
                 self.current = await self._request()
             except (StatusError, ValueError) as error:
                 _log.warning("no certificate of %s for %s yet: %s", self._signer, self._common_name, error)
-                await asyncio.sleep(delay)
+                await self._sleep(delay)
                 delay = min(delay * 2, _LONGEST_RETRY)
                 continue
-            delay = 1.0
+            received = self._now()
             _log.info("certificate of %s for %s until %s", self._signer, self._common_name, self.current.not_after)
             self._obtained.set()
             if self._on_change is not None:
                 self._on_change(self.current)
-            pause = (self.current.renew_at - datetime.now(UTC)).total_seconds()
-            await asyncio.sleep(max(pause, 1.0))
+            if self.current.not_after <= received:  # by our clock alone, perhaps: who is to accept it has another
+                _log.warning("a new certificate is already over: this clock or the signer's is wrong")
+                await self._sleep(delay)
+                delay = min(delay * 2, _LONGEST_RETRY)
+                continue
+            delay = _SHORTEST_RETRY
+            await self._wait_until(self.current.renew_at(received))
+
+    async def _wait_until(self, moment: datetime) -> None:
+        """In short sleeps, since the clock may be set meanwhile."""
+        while (left := (moment - self._now()).total_seconds()) > 0:
+            await self._sleep(min(left, _LONGEST_SLEEP))
 
     async def _request(self) -> KeyPair:
         key = ec.generate_private_key(ec.SECP256R1())

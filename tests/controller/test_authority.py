@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from cryptography.x509.verification import PolicyBuilder, Store
 
-from controller.authority import CLOCK_SKEW, LEAF_LIFETIME, LIFETIME, PROPAGATION, CertificateAuthority, plan
+from controller.authority import CLOCK_SKEW, USUAL, CertificateAuthority, Lifetimes, plan
 from kube.certificates import KeyPair, client_context, signing_request
 
 START = datetime(2030, 1, 1, tzinfo=UTC)
@@ -49,8 +49,8 @@ def test_the_first_ca_signs_at_once() -> None:
     ("after", "trusted", "signing", "create"),
     [
         (timedelta(), "o", "o", False),
-        (LIFETIME / 2 - timedelta(seconds=1), "o", "o", False),
-        (LIFETIME / 2, "o", "o", True),
+        (USUAL.ca / 2 - timedelta(seconds=1), "o", "o", False),
+        (USUAL.ca / 2, "o", "o", True),
     ],
 )
 def test_half_its_life_a_ca_is_alone(after: timedelta, trusted: str, signing: str, *, create: bool) -> None:
@@ -66,16 +66,16 @@ def test_half_its_life_a_ca_is_alone(after: timedelta, trusted: str, signing: st
 @pytest.mark.parametrize(
     ("after", "trusted", "signing", "next_change"),
     [
-        (timedelta(), "no", "o", PROPAGATION),
-        (PROPAGATION - timedelta(seconds=1), "no", "o", PROPAGATION),
-        (PROPAGATION, "no", "n", LIFETIME / 2),
-        (LIFETIME / 2 - timedelta(seconds=1), "no", "n", LIFETIME / 2),
-        (LIFETIME / 2, "n", "n", LIFETIME),
+        (timedelta(), "no", "o", USUAL.propagation),
+        (USUAL.propagation - timedelta(seconds=1), "no", "o", USUAL.propagation),
+        (USUAL.propagation, "no", "n", USUAL.ca / 2),
+        (USUAL.ca / 2 - timedelta(seconds=1), "no", "n", USUAL.ca / 2),
+        (USUAL.ca / 2, "n", "n", USUAL.ca),
     ],
     ids=["made", "not yet known to all", "known to all", "before the old expires", "the old has expired"],
 )
 def test_two_cas_overlap(after: timedelta, trusted: str, signing: str, next_change: timedelta) -> None:
-    renewal = START + LIFETIME / 2
+    renewal = START + USUAL.ca / 2
     old, new = CertificateAuthority.create(START), CertificateAuthority.create(renewal)
     names = {old.name: "o", new.name: "n"}
     planned = plan([old, new], renewal + after)
@@ -85,38 +85,79 @@ def test_two_cas_overlap(after: timedelta, trusted: str, signing: str, next_chan
     assert planned.changes_at == renewal + next_change
 
 
-def test_no_certificate_outlives_the_trust_in_its_ca() -> None:
-    """Over years, in steps of six hours: whoever signs is trusted until the last certificate it signed has expired."""
+@pytest.mark.parametrize("off", [timedelta(), timedelta(minutes=5)], ids=["clocks are right", "leaders' are off"])
+def test_no_certificate_outlives_the_trust_in_its_ca(off: timedelta) -> None:
+    """Over years, in steps of six hours: whoever signs is trusted until the last certificate it signed has expired.
+
+    Two leaders take turns, one with a clock that is ahead, the other with one that is behind.
+    """
     now = START
     authorities: dict[str, CertificateAuthority] = {}
     trusted_until: dict[str, datetime] = {}
     needed_until: dict[str, datetime] = {}
     known_since: dict[str, datetime] = {}
     while now < START + timedelta(days=900):
-        planned = plan(authorities.values(), now)
+        off = -off
+        planned = plan(authorities.values(), now + off)
         if planned.create:
-            made = CertificateAuthority.create(now)
+            made = CertificateAuthority.create(now + off)
             authorities[made.name] = made
-            planned = plan(authorities.values(), now)
+            planned = plan(authorities.values(), now + off)
         for ca in planned.trusted:
             trusted_until[ca.name] = now
             known_since.setdefault(ca.name, now)
         assert planned.signing is not None
         name = planned.signing.name
-        needed_until[name] = min(now + LEAF_LIFETIME, planned.signing.expires)
-        assert len(authorities) == 1 or now - known_since[name] >= PROPAGATION
+        needed_until[name] = min(now + off + USUAL.leaf, planned.signing.expires)
+        assert len(authorities) == 1 or now - known_since[name] >= USUAL.propagation
         now += timedelta(hours=6)
-    assert len(authorities) > 3
-    ended = [name for name, ca in authorities.items() if ca.expires < now]
+    assert 3 < len(authorities) <= 1 + timedelta(days=900) / (USUAL.ca / 2)
+    ended = [name for name, ca in authorities.items() if ca.expires < now - abs(off)]
     assert ended
     for name in ended:
         assert needed_until[name] <= trusted_until[name]
 
 
+@pytest.mark.parametrize("signer", [-5, 0, 5])
+@pytest.mark.parametrize("verifier", [-5, 0, 5])
+def test_who_is_five_minutes_off_accepts_what_is_new(signer: int, verifier: int) -> None:
+    made = START + timedelta(minutes=signer)
+    ca = CertificateAuthority.create(made)
+    leaf = signed(ca, made)
+    there = START + timedelta(minutes=verifier, seconds=1)
+    policy = PolicyBuilder().store(Store([ca.certificate])).time(there)
+    assert policy.build_server_verifier(x509.DNSName(NAME)).verify(leaf, [])[0] == leaf
+
+
+def test_a_leader_that_is_five_minutes_behind_signs_with_the_ca_of_one_that_is_ahead() -> None:
+    ca = CertificateAuthority.create(START + timedelta(minutes=5))
+    now = START - timedelta(minutes=5) + timedelta(seconds=1)
+    planned = plan([ca], now)
+    assert (planned.signing, planned.create) == (ca, False)
+    assert signed(ca, now).not_valid_before_utc <= now
+
+
+def test_a_ca_of_a_clock_that_was_far_ahead_neither_signs_nor_stands_in_the_way() -> None:
+    strange = CertificateAuthority.create(START + timedelta(days=1000))
+    planned = plan([strange], START)
+    assert (list(planned.trusted), planned.signing, planned.create) == ([strange], None, True)
+    sound = CertificateAuthority.create(START)
+    planned = plan([strange, sound], START)
+    assert (list(planned.trusted), planned.signing, planned.create) == ([strange, sound], sound, False)
+    assert plan([strange, sound], START + USUAL.ca / 2).create
+
+
+def test_lifetimes_that_would_end_trust_too_early_are_refused() -> None:
+    hour = timedelta(hours=1)
+    assert Lifetimes(ca=6 * hour, propagation=hour, leaf=2 * hour).leaf == 2 * hour
+    with pytest.raises(ValueError, match="must be longer"):
+        Lifetimes(ca=6 * hour, propagation=hour, leaf=2 * hour + timedelta(seconds=1))
+
+
 def test_a_ca_survives_being_written_and_read() -> None:
     ca = CertificateAuthority.create(START)
     again = CertificateAuthority.from_pem(certificate=ca.certificate_pem, key=ca.key_pem)
-    assert (again.name, again.made, again.expires) == (ca.name, START, START + LIFETIME)
+    assert (again.name, again.made, again.expires) == (ca.name, START, START + USUAL.ca)
 
 
 def test_a_ca_with_another_key_is_refused() -> None:

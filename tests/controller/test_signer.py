@@ -114,6 +114,8 @@ def test_a_shorter_life_may_be_asked_for_and_a_longer_one_is_not_given() -> None
     for seconds, lifetime in ((3600, timedelta(hours=1)), (10**8, timedelta(days=7))):
         asked = request("kubepcap-agent", expirationSeconds=seconds)
         assert check(asked, pod("kubepcap-agent"), namespace="kubepcap").lifetime == lifetime
+    day = timedelta(days=1)
+    assert check(request("kubepcap-agent"), pod("kubepcap-agent"), namespace="kubepcap", lifetime=day).lifetime == day
 
 
 AGENT = "kubepcap-agent"
@@ -239,9 +241,9 @@ def test_what_is_answered_is_not_answered_again(status: Json, *, pending: bool) 
     assert request(AGENT, status=status).is_pending is pending
 
 
-def test_an_issued_request_goes_after_five_minutes_and_a_denied_one_is_left() -> None:
+def test_an_issued_request_goes_after_ten_minutes_and_a_denied_one_is_left() -> None:
     moment = "2030-01-01T00:00:00Z"
     issued = {"conditions": [{"type": "Approved", "lastUpdateTime": moment}], "certificate": "eA=="}
-    assert request(AGENT, status=issued).goes_at() == datetime(2030, 1, 1, 0, 5, tzinfo=UTC)
+    assert request(AGENT, status=issued).goes_at() == datetime(2030, 1, 1, 0, 10, tzinfo=UTC)
     denied = {"conditions": [{"type": "Denied", "lastUpdateTime": moment}]}
     assert request(AGENT, status=denied).goes_at() is None

@@ -1,17 +1,26 @@
 """TLS whose certificate and trust change while it serves: real handshakes on loopback."""
 
+import base64
+import itertools
 import ssl
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from typing import cast
 
 import aiohttp
 import pytest
 from aiohttp import web
+from cryptography import x509
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
+from controller.authority import CertificateAuthority
 from hack.clusters.pki import Authority
-from kube.certificates import KeyPair, ServerTLS, client_context, read_bundle
+from kube.certificates import Identity, KeyPair, ServerTLS, client_context, read_bundle
+from kube.client import Client, Json, Resource
 from kube.serve import listening
 
 NAME = "node-a.agent.kubepcap"
+START = datetime(2030, 1, 1, tzinfo=UTC)
 
 
 def key_pair(authority: Authority, name: str, hosts: list[str] | None = None) -> KeyPair:
@@ -134,9 +143,88 @@ def test_a_certificate_of_another_key_is_refused(servers: Authority) -> None:
         KeyPair.of(certificate=one.certificate, key=other.key)
 
 
-def test_a_certificate_is_renewed_after_two_thirds_of_its_life(servers: Authority) -> None:
-    pair = key_pair(servers, "a")
-    assert pair.renew_at - pair.not_before == (pair.not_after - pair.not_before) * 2 / 3
+class Time:
+    """A clock that goes as far as is slept, `off` from the signer's, and after `sleeps` sleeps ends it all."""
+
+    def __init__(self, *, off: timedelta = timedelta(), sleeps: int) -> None:
+        self.moment = START
+        self.off = off
+        self._sleeps = sleeps
+
+    def now(self) -> datetime:
+        return self.moment + self.off
+
+    async def sleep(self, seconds: float) -> None:
+        if not self._sleeps:
+            raise EndError
+        self._sleeps -= 1
+        self.moment += timedelta(seconds=seconds)
+
+
+class EndError(Exception):
+    """The test is over."""
+
+
+class SigningCluster:
+    """kube-apiserver and our signer, which has signed at once; remembers when it was asked."""
+
+    def __init__(self, time: Time) -> None:
+        self._time = time
+        self._authority = CertificateAuthority.create(START)
+        self._certificate = ""
+        self.asked: list[timedelta] = []
+
+    async def create(self, _: Resource, body: Json) -> Json:
+        self.asked.append(self._time.moment - START)
+        certificate = self._authority.sign(
+            x509.load_pem_x509_csr(base64.b64decode(body["spec"]["request"])),
+            common_name="c",
+            dns_names=[],
+            usage=ExtendedKeyUsageOID.CLIENT_AUTH,
+            lifetime=timedelta(days=3),
+            now=self._time.moment,
+        )
+        self._certificate = base64.b64encode(certificate).decode()
+        return {"metadata": {"name": "csr"}}
+
+    async def get(self, *_: object) -> Json:
+        return {"status": {"certificate": self._certificate}}
+
+
+async def asked_for(time: Time) -> list[timedelta]:
+    """When a certificate was asked for, until the time is over."""
+    cluster = SigningCluster(time)
+    client = cast("Client", cluster)
+    identity = Identity(client, signer="s", usages=(), common_name="c", now=time.now, sleep=time.sleep)
+    with pytest.raises(EndError):
+        await identity.run()
+    return cluster.asked
+
+
+async def test_a_certificate_is_renewed_after_two_thirds_of_its_life() -> None:
+    days = [timedelta(days=2 * number) for number in range(3)]
+    assert await asked_for(Time(sleeps=2 * 2 * 24 * 60 + 1)) == days
+
+
+@pytest.mark.parametrize("minutes", [-5, 5])
+async def test_a_clock_that_is_five_minutes_off_moves_renewals_by_minutes(minutes: int) -> None:
+    _, second = await asked_for(Time(off=timedelta(minutes=minutes), sleeps=2 * 24 * 60 + 10))
+    assert abs(second - timedelta(days=2)) < timedelta(minutes=5)
+
+
+async def test_a_clock_that_was_far_behind_and_is_set_right_renews_soon() -> None:
+    class Set(Time):
+        async def sleep(self, seconds: float) -> None:
+            await super().sleep(seconds)
+            self.off = timedelta()
+
+    assert await asked_for(Set(off=timedelta(days=-400), sleeps=1)) == [timedelta(), timedelta(minutes=1)]
+
+
+async def test_a_clock_that_is_far_ahead_does_not_flood_the_signer() -> None:
+    asked = await asked_for(Time(off=timedelta(days=400), sleeps=10))
+    pauses = [(later - earlier).total_seconds() for earlier, later in itertools.pairwise(asked)]
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60, 60]
 
 
 @pytest.mark.parametrize("configmap", [{}, {"data": {}}, {"data": {"ca.crt": ""}}, {"data": {"ca.crt": "x"}}])
