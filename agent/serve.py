@@ -7,6 +7,8 @@ never gathered.
 import asyncio
 import hashlib
 import os
+import ssl
+import time
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any, Final
@@ -149,10 +151,16 @@ def peer_name(certificate: dict[str, Any]) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
+def has_ended(certificate: dict[str, Any], now: float) -> bool:
+    """Whether the certificate's time is over at `now`, in seconds since 1970."""
+    return now > ssl.cert_time_to_seconds(certificate["notAfter"])
+
+
 @web.middleware
 async def _apiserver_alone(request: web.Request, handler: Handler) -> web.StreamResponse:
     certificate = request.get_extra_info("peercert")
-    if not certificate or peer_name(certificate) != CLIENT_NAME:
+    # It held when the connection was made, which may be long ago.
+    if not certificate or peer_name(certificate) != CLIENT_NAME or has_ended(certificate, time.time()):
         raise status.forbidden(f"only {CLIENT_NAME} may ask")
     return await handler(request)
 

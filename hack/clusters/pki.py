@@ -59,14 +59,19 @@ class Authority:
     def pair(self) -> Pair:
         return Pair(self.certificate, _pem(self._key))
 
-    def issue(self, name: str, *, groups: Sequence[str] = (), hosts: Sequence[str] = ()) -> Pair:
-        """A certificate for a user, whose `groups` Kubernetes reads from it, or for a server of the `hosts` named."""
+    def issue(
+        self, name: str, *, groups: Sequence[str] = (), hosts: Sequence[str] = (), life: datetime.timedelta = _LIFE
+    ) -> Pair:
+        """A certificate for a user, whose `groups` Kubernetes reads from it, or for a server of the `hosts` named.
+
+        Its `life` counts from now, while it is valid since five minutes ago: one of minus a minute is over.
+        """
         key = ec.generate_private_key(ec.SECP256R1())
         attributes = [x509.NameAttribute(NameOID.ORGANIZATION_NAME, group) for group in groups]
         subject = x509.Name([*attributes, x509.NameAttribute(NameOID.COMMON_NAME, name)])
         usage = ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH
         builder = (
-            _builder(subject, issuer=self._certificate.subject, key=key.public_key())
+            _builder(subject, issuer=self._certificate.subject, key=key.public_key(), life=life)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(ca=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
@@ -114,7 +119,9 @@ def write_private(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def _builder(subject: x509.Name, *, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+def _builder(
+    subject: x509.Name, *, issuer: x509.Name, key: ec.EllipticCurvePublicKey, life: datetime.timedelta = _LIFE
+) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
     return (
         x509.CertificateBuilder()
@@ -123,7 +130,7 @@ def _builder(subject: x509.Name, *, issuer: x509.Name, key: ec.EllipticCurvePubl
         .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(minutes=5))
-        .not_valid_after(now + _LIFE)
+        .not_valid_after(now + life)
     )
 
 

@@ -3,14 +3,18 @@
 import asyncio
 import hashlib
 import ssl
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
 
+from agent import serve
 from agent.capturer.protocol import State
 from agent.capturing import Capturer
 from agent.serve import application, peer_name
@@ -168,10 +172,13 @@ async def test_another_name_in_the_certificate_is_forbidden(finished: Server) ->
             assert (await response.json())["reason"] == "Forbidden"
 
 
-async def test_a_certificate_of_another_ca_or_a_servers_or_none_gets_no_connection(finished: Server) -> None:
+async def test_a_certificate_of_another_ca_or_a_servers_or_an_expired_one_or_none_gets_no_connection(
+    finished: Server,
+) -> None:
     strangers = [
         Authority.create("other").issue("kubepcap-apiserver"),
         finished.authority.issue("kubepcap-apiserver", hosts=["x"]),  # server auth
+        finished.authority.issue("kubepcap-apiserver", life=timedelta(minutes=-1)),
     ]
     for stranger in strangers:
         with pytest.raises((aiohttp.ClientError, ssl.SSLError)):
@@ -187,6 +194,30 @@ def test_a_certificate_with_two_names_has_none() -> None:
     assert peer_name({"subject": ((("commonName", "a"),),)}) == "a"
     assert peer_name({"subject": ((("commonName", "a"),), (("commonName", "b"),))}) is None
     assert peer_name({}) is None
+
+
+async def test_a_certificate_that_ends_while_its_connection_is_kept_is_no_longer_accepted(
+    finished: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = finished.authority.issue("kubepcap-apiserver", life=timedelta(days=1))
+    key_pair = KeyPair.of(certificate=pair.certificate, key=pair.key)
+    context = client_context(ca=finished.authority.certificate, key_pair=key_pair)
+    connections = 0
+
+    async def connected(*_: object) -> None:
+        nonlocal connections
+        connections += 1
+
+    tracing = aiohttp.TraceConfig()
+    tracing.on_connection_create_end.append(connected)
+    async with aiohttp.ClientSession(trace_configs=[tracing]) as session:
+        for days, code in ((0, 200), (2, 403)):
+            then = time.time() + days * 86400
+            monkeypatch.setattr(serve, "time", SimpleNamespace(time=lambda then=then: then))
+            async with session.get(finished.file, ssl=context, server_hostname=SERVER) as response:
+                await response.read()
+                assert response.status == code
+    assert connections == 1
 
 
 async def test_a_growing_file_can_be_followed_by_offset(
