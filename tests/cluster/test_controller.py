@@ -7,27 +7,24 @@ but their tokens are real: the signer sees of them what it sees in a cluster.
 import asyncio
 import base64
 import json
-import os
 import signal
 import subprocess
-import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
-import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from api.object import format_timestamp
 from api.packetcapture import PacketCapture
 from controller.events import Transition, event
-from hack.clusters.bare import BareControlPlane, bare_control_plane
+from controller.leadership import Timing
+from hack.clusters.bare import bare_control_plane
 from hack.clusters.ports import free_port
 from kube.certificates import signing_request
 from kube.client import (
@@ -42,7 +39,6 @@ from kube.client import (
     NAMESPACES,
     NODES,
     PACKETCAPTURES,
-    PODS,
     SECRETS,
     VALIDATINGWEBHOOKCONFIGURATIONS,
     Client,
@@ -50,119 +46,16 @@ from kube.client import (
     Resource,
 )
 from kube.status import StatusError
+from tests.cluster.installation import Installation, Program, eventually
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-ROOT = Path(__file__).parents[2]
-SERVICEACCOUNTS = Resource("", "v1", "serviceaccounts", "ServiceAccount", namespaced=True)
 WEBHOOKS = (MUTATINGWEBHOOKCONFIGURATIONS, VALIDATINGWEBHOOKCONFIGURATIONS)
-PATIENCE = 60.0
-"""Seconds; longer than a lease and its takeover."""
-
-
-async def eventually(question: Callable[[], Awaitable[Any]]) -> Any:
-    """The first true answer; without one in time, the test fails and shows the last."""
-    answer: Any = None
-    with suppress(TimeoutError):
-        async with asyncio.timeout(PATIENCE):
-            while True:
-                if answer := await question():
-                    return answer
-                await asyncio.sleep(0.1)
-    raise AssertionError(f"no true answer in time, the last was {answer!r}")
 
 
 @dataclass
-class Program:
-    """One of our programs as a child process."""
-
-    name: str
-    process: asyncio.subprocess.Process
-    log: Path
-
-    async def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
-        if self.process.returncode is None:
-            self.process.send_signal(number)
-        return await self.process.wait()
-
-
-@dataclass
-class World:
-    plane: BareControlPlane
-    client: Client
-    directory: Path
-    webhook_port: int = 0
+class World(Installation):
     controllers: dict[str, Program] = field(default_factory=dict)
-
-    async def start(self, module: str, pod: str, kubeconfig: Path, **environment: str) -> Program:
-        log = self.directory / f"{pod}.log"
-        with log.open("wb") as output:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                module,
-                cwd=ROOT,
-                env={
-                    "PATH": os.environ["PATH"],
-                    "PYTHONPATH": str(ROOT),
-                    "KUBECONFIG": str(kubeconfig),
-                    "POD_NAME": pod,
-                    "POD_NAMESPACE": "kubepcap",
-                    "HEALTH_PORT": str(free_port()),
-                    **environment,
-                },
-                stdout=output,
-                stderr=output,
-            )
-        return Program(pod, process, log)
-
-    async def token(self, account: str, pod: str) -> str:
-        """A token of the ServiceAccount bound to the pod, as its kubelet would fetch it."""
-        found = await self.client.get(PODS, pod, namespace="kubepcap")
-        bound = {"kind": "Pod", "apiVersion": "v1", "name": pod, "uid": found["metadata"]["uid"]}
-        review = await self.client.create(
-            SERVICEACCOUNTS,
-            {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"boundObjectRef": bound}},
-            namespace="kubepcap",
-            name=account,
-            subresource="token",
-        )
-        return str(review["status"]["token"])
-
-    def kubeconfig(self, name: str, token: str) -> Path:
-        config = json.loads(self.plane.kubeconfig.read_text())
-        config["users"] = [{"name": config["users"][0]["name"], "user": {"token": token}}]
-        path = self.directory / f"{name}.kubeconfig"
-        path.touch(mode=0o600)
-        path.write_text(json.dumps(config))
-        return path
-
-    async def add_pod(self, account: str, kind: str, owner: str, *, node: str = "node-a") -> str:
-        pod = f"{account}-0"
-        await self.client.create(
-            PODS,
-            {
-                "apiVersion": "v1",
-                "kind": "Pod",
-                "metadata": {
-                    "name": pod,
-                    "labels": {
-                        "app.kubernetes.io/name": "kubepcap",
-                        "app.kubernetes.io/component": account.removeprefix("kubepcap-"),
-                    },
-                    "ownerReferences": [
-                        {"apiVersion": "apps/v1", "kind": kind, "name": owner, "uid": "none", "controller": True}
-                    ],
-                },
-                "spec": {
-                    "serviceAccountName": account,
-                    "nodeName": node,
-                    "containers": [{"name": "x", "image": "kubepcap.invalid/x"}],
-                },
-            },
-            namespace="kubepcap",
-        )
-        return pod
 
     async def capture(self, name: str, *, namespace: str = "dev", **spec: Any) -> PacketCapture:
         return PacketCapture.model_validate(await self.create(name, namespace=namespace, **spec))
@@ -196,6 +89,9 @@ class World:
         await eventually(there)
         return PacketCapture.model_validate(await self.client.get(PACKETCAPTURES, name, namespace=namespace))
 
+    async def stop_controller(self, pod: str) -> None:
+        await self.controllers[pod].stop()
+
     async def leader(self) -> str:
         try:
             lease = await self.client.get(LEASES, "kubepcap-controller", namespace="kubepcap")
@@ -211,43 +107,25 @@ async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World
         # Its own: a webhook on every PacketCapture would stand in the way of other tests.
         plane = stack.enter_context(bare_control_plane(tmp_path_factory.mktemp("control-plane")))
         client = await stack.enter_async_context(Client.connect(user_agent="test", kubeconfig=plane.kubeconfig))
-        world = World(plane, client, directory, webhook_port=free_port())
-        await asyncio.to_thread(install, world)
+        world = World(plane, client, directory, ports={"kubepcap-webhook": free_port()})
+        await world.apply_manifests()
         await client.create(NODES, {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-a"}})
         for namespace in ("dev", "crowded"):
             await client.create(NAMESPACES, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})
-        account = plane.kubeconfig_for(
-            "system:serviceaccount:kubepcap:kubepcap-controller",
-            "system:serviceaccounts",
-            "system:serviceaccounts:kubepcap",
-        )
         for number in range(2):
             pod = f"controller-{number}"
-            world.controllers[pod] = await world.start("controller", pod, account, COUNTERS_INTERVAL_SECONDS="1")
-            stack.push_async_callback(world.controllers[pod].stop)
+            world.controllers[pod] = await start_controller(world, pod)
+            stack.push_async_callback(world.stop_controller, pod)
         pod = await world.add_pod("kubepcap-webhook", "ReplicaSet", "kubepcap-webhook-5d9c7b8f6")
-        kubeconfig = world.kubeconfig(pod, await world.token("kubepcap-webhook", pod))
-        webhook = await world.start("webhook", pod, kubeconfig, PORT=str(world.webhook_port), DRAIN_SECONDS="0")
+        kubeconfig = await world.kubeconfig_of("kubepcap-webhook", pod)
+        port = str(world.ports["kubepcap-webhook"])
+        webhook = await world.start("webhook", pod, kubeconfig, PORT=port, DRAIN_SECONDS="0")
         stack.push_async_callback(webhook.stop)
         yield world
 
 
-def install(world: World) -> None:
-    """Apply the manifests, with the webhook's Service and its port changed."""
-    kubectl = [str(world.plane.kubectl), f"--kubeconfig={world.plane.kubeconfig}"]
-    built = subprocess.run([*kubectl, "kustomize", str(ROOT / "manifests")], check=True, capture_output=True)
-    documents = [document for document in yaml.safe_load_all(built.stdout) if document]
-    for document in documents:
-        if document["kind"] == "Service" and document["metadata"]["name"] == "kubepcap-webhook":
-            ports = [{"port": world.webhook_port}]
-            document["spec"] = {"type": "ExternalName", "externalName": "localhost", "ports": ports}
-        for webhook in document.get("webhooks") or []:
-            webhook["clientConfig"]["service"]["port"] = world.webhook_port
-    # Namespaces first, for the rest to lie in.
-    documents.sort(key=lambda document: document["kind"] != "Namespace")
-    given = yaml.safe_dump_all(documents).encode()
-    applied = subprocess.run([*kubectl, "apply", "--filename=-"], input=given, capture_output=True, check=False)
-    assert applied.returncode == 0, applied.stderr.decode()
+async def start_controller(world: World, pod: str) -> Program:
+    return await world.start("controller", pod, world.controller_kubeconfig(), COUNTERS_INTERVAL_SECONDS="1")
 
 
 async def bundle(world: World) -> str:
@@ -349,7 +227,7 @@ async def demanded(client: Client, name: str, common_name: str, dns_name: str) -
 async def test_a_node_gets_its_own_name_and_no_other(world: World) -> None:
     await ready(world)
     pod = await world.add_pod("kubepcap-agent", "DaemonSet", "kubepcap-agent")
-    kubeconfig = world.kubeconfig(pod, await world.token("kubepcap-agent", pod))
+    kubeconfig = await world.kubeconfig_of("kubepcap-agent", pod)
 
     async def answer(name: str) -> tuple[str, str]:
         status = (await world.client.get(CERTIFICATESIGNINGREQUESTS, name)).get("status") or {}
@@ -627,6 +505,25 @@ async def test_when_the_leader_stops_the_other_goes_on(world: World) -> None:
     await eventually(taken_over)
     await world.capture("later")
     await world.becomes("later", "WithinLimit")
+
+
+async def test_when_the_leader_is_killed_the_next_takes_over_within_the_lease_time(world: World) -> None:
+    await ready(world)
+    leader = await world.leader()
+    (other,) = world.controllers.keys() - {leader}
+    if world.controllers[other].process.returncode is not None:
+        world.controllers[other] = await start_controller(world, other)
+
+    await eventually(world.controllers[other].is_up)
+    assert await world.controllers[leader].stop(signal.SIGKILL) == -signal.SIGKILL
+
+    async def taken_over() -> bool:
+        return await world.leader() == other
+
+    timing = Timing()
+    await eventually(taken_over, patience=timing.lease + 3 * timing.retry)
+    await world.capture("after-the-kill")
+    await world.becomes("after-the-kill", "WithinLimit")
 
 
 async def test_the_leader_renews_its_lease_ahead_of_other_requests(world: World) -> None:
