@@ -1,14 +1,27 @@
 """What trusts us, and how our CAs are kept."""
 
+import asyncio
 import base64
 import copy
 import logging
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
+from typing import cast
 
 import pytest
 
-from controller.authority import CertificateAuthority
-from controller.bundles import apiservice_trusting, read_authorities, webhooks_trusting, write_authorities
+from controller.authority import USUAL, CertificateAuthority
+from controller.bundles import (
+    APISERVICE,
+    Bundles,
+    apiservice_trusting,
+    read_authorities,
+    webhooks_trusting,
+    write_authorities,
+)
+from kube.client import APISERVICES, CONFIGMAPS, Client, Json, ObjectList, Resource, WatchEvent
+from kube.status import StatusError
 
 BUNDLE = b"-----BEGIN CERTIFICATE-----\n"
 ENCODED = base64.b64encode(BUNDLE).decode()
@@ -69,3 +82,87 @@ def test_a_damaged_ca_is_left_out_and_logged(damage: str, caplog: pytest.LogCapt
     with caplog.at_level(logging.ERROR):
         assert list(read_authorities(stored)) == [good.name]
     assert bad.name in caplog.text
+
+
+class Cluster:
+    """kube-apiserver, as far as bundles go. What `refused` names can't be written."""
+
+    def __init__(self) -> None:
+        self.objects: dict[tuple[Resource, str], Json] = {}
+        self.refused: set[Resource] = set()
+        self._version = 0
+        self._watches: dict[Resource, asyncio.Queue[WatchEvent]] = defaultdict(asyncio.Queue)
+
+    async def get(self, resource: Resource, name: str, **_: object) -> Json:
+        if (resource, name) not in self.objects:
+            raise StatusError(404, f"{name} not found")
+        return self.objects[resource, name]
+
+    async def create(self, resource: Resource, body: Json, *, namespace: str | None = None) -> Json:
+        return self.put(resource, body | {"metadata": body["metadata"] | {"namespace": namespace}})
+
+    async def replace(self, resource: Resource, _: str, body: Json, **__: object) -> Json:
+        if resource in self.refused:
+            raise StatusError(403, "a policy refuses it")
+        return self.put(resource, body)
+
+    def put(self, resource: Resource, body: Json) -> Json:
+        self._version += 1
+        known = (resource, body["metadata"]["name"]) in self.objects
+        body = body | {"metadata": body["metadata"] | {"resourceVersion": str(self._version)}}
+        self.objects[resource, body["metadata"]["name"]] = body
+        self._watches[resource].put_nowait(WatchEvent("MODIFIED" if known else "ADDED", body))
+        return body
+
+    async def pages(self, resource: Resource, **_: object) -> AsyncIterator[ObjectList]:
+        yield ObjectList([body for (kind, _), body in self.objects.items() if kind is resource], "0")
+
+    async def watch(self, resource: Resource, **_: object) -> AsyncIterator[WatchEvent]:
+        while True:
+            yield await self._watches[resource].get()
+
+    def touch(self) -> None:
+        """Let something change, so that all is looked at again."""
+        configmap = self.objects[CONFIGMAPS, "kubepcap-ca"]
+        self.put(CONFIGMAPS, configmap | {"metadata": configmap["metadata"] | {"annotations": {"a": str(self)}}})
+
+    def trusts(self) -> int:
+        """How many CAs kube-apiserver trusts of us."""
+        bundle = base64.b64decode(self.objects[APISERVICES, APISERVICE]["spec"].get("caBundle", ""))
+        return bundle.count(b"BEGIN CERTIFICATE")
+
+    def publishes(self) -> int:
+        return str(self.objects[CONFIGMAPS, "kubepcap-ca"]["data"]["ca.crt"]).count("BEGIN CERTIFICATE")
+
+
+async def becomes(wanted: int, count: Callable[[], int]) -> None:
+    async with asyncio.timeout(10):
+        while count() != wanted:  # noqa: ASYNC110 - it is not told when it is done
+            await asyncio.sleep(0.01)
+
+
+async def test_a_ca_does_not_sign_before_kube_apiserver_trusts_it_however_long_that_takes() -> None:
+    cluster, now = Cluster(), datetime(2030, 1, 1, tzinfo=UTC)
+    cluster.put(APISERVICES, {"metadata": {"name": APISERVICE}, "spec": {}})
+    bundles = Bundles(cast("Client", cluster), namespace="kubepcap", clock=lambda: now)
+    running = asyncio.create_task(bundles.run())
+    await bundles.published.wait()
+    await becomes(1, cluster.trusts)
+    first = bundles.authority.name
+
+    now += USUAL.ca / 2
+    cluster.refused.add(APISERVICES)
+    cluster.touch()
+    await becomes(2, cluster.publishes)
+    now += 2 * USUAL.propagation
+    cluster.touch()
+    assert cluster.trusts() == 1
+    assert bundles.authority.name == first
+
+    cluster.refused.clear()
+    cluster.touch()
+    await becomes(2, cluster.trusts)
+    assert bundles.authority.name != first
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
