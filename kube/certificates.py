@@ -226,6 +226,8 @@ def client_context(*, ca: bytes, key_pair: KeyPair | None = None) -> ssl.SSLCont
     """A context that trusts `ca` (PEM) alone, checks the server's name, and shows `key_pair` when asked."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # Where there is no name of a server, Python would take the subject's for it, which names a program (RFC 9525, 6.3).
+    context.hostname_checks_common_name = False
     context.load_verify_locations(cadata=ca.decode())
     if key_pair is not None:
         key_pair.load_into(context)

@@ -284,7 +284,7 @@ def capture(name: str) -> Json:
         "apiVersion": PACKETCAPTURES.api_version,
         "kind": PACKETCAPTURES.kind,
         "metadata": metadata,
-        "spec": {"selector": "all()"},
+        "spec": {"selector": 'app == "web"'},
     }
 
 

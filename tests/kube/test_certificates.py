@@ -11,11 +11,13 @@ import aiohttp
 import pytest
 from aiohttp import web
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from controller.authority import CertificateAuthority
 from hack.clusters.pki import Authority
-from kube.certificates import Identity, KeyPair, ServerTLS, client_context, read_bundle
+from kube.certificates import Identity, KeyPair, ServerTLS, client_context, read_bundle, signing_request
 from kube.client import Client, Json, Resource
 from kube.serve import listening
 
@@ -135,6 +137,22 @@ async def test_the_client_checks_the_servers_name(session: aiohttp.ClientSession
     async with listening(app(), port=0, host="127.0.0.1", tls=tls) as port:
         with pytest.raises(aiohttp.ClientConnectorCertificateError):
             await ask(session, port, client_context(ca=servers.certificate))
+
+
+async def test_a_name_that_is_no_servers_does_not_count(session: aiohttp.ClientSession) -> None:
+    ca = CertificateAuthority.create(datetime.now(UTC))
+    key = ec.generate_private_key(ec.SECP256R1())
+    request = x509.load_pem_x509_csr(signing_request(key, "x", []))
+    usage, now = ExtendedKeyUsageOID.SERVER_AUTH, datetime.now(UTC)
+    certificate = ca.sign(request, common_name=NAME, dns_names=[], usage=usage, now=now)
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    tls = ServerTLS(client_certificates="none")
+    tls.use(key_pair=KeyPair.of(certificate=certificate, key=private))
+    async with listening(app(), port=0, host="127.0.0.1", tls=tls) as port:
+        with pytest.raises(aiohttp.ClientConnectorCertificateError):
+            await ask(session, port, client_context(ca=ca.certificate_pem))
 
 
 def test_a_certificate_of_another_key_is_refused(servers: Authority) -> None:
