@@ -44,6 +44,9 @@ _REVIEWS_WEIGHT = 32 << 20
 # What Python adds to each string.
 _STRING_OVERHEAD = 64
 
+# What aiohttp makes of bytes that it can't decode (PEP 383).
+_NOT_UTF_8 = re.compile("[\ud800-\udfff]")
+
 Headers = CIMultiDictProxy[str]
 
 
@@ -124,9 +127,9 @@ class FrontProxy:
             groups=tuple(group for header in self.group_headers for group in headers.getall(header, ()) if group),
             extra=_extra(headers, self.extra_header_prefixes),
         )
-        for text in (user.name, user.uid, *user.groups, *user.extra, *(v for vs in user.extra.values() for v in vs)):
-            if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-                raise ValueError("the headers that name the user are not UTF-8")
+        extra = (text for key, values in user.extra.items() for text in (key, *values))
+        if _NOT_UTF_8.search("".join((user.name, user.uid, *user.groups, *extra))):
+            raise ValueError("the headers that name the user are not UTF-8")
         return user
 
 
@@ -352,13 +355,14 @@ def _value(headers: Headers, names: Sequence[str]) -> str:
 
 def _extra(headers: Headers, prefixes: Sequence[str]) -> dict[str, tuple[str, ...]]:
     extra: dict[str, tuple[str, ...]] = {}
-    for prefix in prefixes:
-        for header, value in headers.items():
-            if header.lower().startswith(prefix.lower()):
-                key = header[len(prefix) :].lower()
+    for prefix in map(str.lower, prefixes):
+        # Thousands of groups are as many headers of one name: each name is looked at once.
+        for header in dict.fromkeys(map(str.lower, headers)):
+            if header.startswith(prefix):
+                key = header[len(prefix) :]
                 if not re.search(r"%(?![0-9a-f]{2})", key):  # kept as it is when it can't be decoded
                     key = unquote(key, errors="surrogateescape")
-                extra[key] = (*extra.get(key, ()), value)
+                extra[key] = (*extra.get(key, ()), *headers.getall(header))
     return extra
 
 
