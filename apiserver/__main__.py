@@ -11,18 +11,21 @@ from typing import Self
 from api.capturenode import CaptureNode
 from apiserver.aggregation.authentication import Authenticator
 from apiserver.aggregation.authorization import Authorizer
-from apiserver.aggregation.server import PROTOCOL_LIMITS, Server
+from apiserver.aggregation.metrics import Metrics
+from apiserver.aggregation.server import Server
 from apiserver.files.agents import Agents
 from apiserver.files.download import Download
 from apiserver.files.group import schemas, subresources
 from apiserver.files.listing import Listing
 from kube.certificates import SERVING_SIGNER, SERVING_USAGES, Identity, KeyPair, ServerTLS
 from kube.client import CAPTURENODES, Client
+from kube.connections import Limits
 from kube.serve import environment, health, listening, number, run
 from kube.watch import Cache
 
 _NAME = "kubepcap-apiserver"
 _VERSION = "v0.1.0"
+_STALL_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +38,7 @@ class Settings:
     drain: int
     grace: int
     downloads_per_user: int
+    connections: int
 
     @classmethod
     def read(cls) -> Self:
@@ -46,6 +50,7 @@ class Settings:
             drain=number("DRAIN_SECONDS", default=10, high=600),
             grace=number("GRACE_SECONDS", default=70, high=3600),
             downloads_per_user=number("DOWNLOADS_PER_USER", default=8, low=1, high=1000),
+            connections=number("MAX_CONNECTIONS", default=1024, low=16, high=65536),
         )
 
 
@@ -57,6 +62,7 @@ async def main() -> None:
 
 async def serve(client: Client, settings: Settings) -> None:
     """Serve until cancelled; what is under way then gets `grace` seconds to end."""
+    metrics = Metrics()
     tls = ServerTLS(client_certificates="optional")
 
     def use_key_pair(key_pair: KeyPair) -> None:
@@ -88,6 +94,7 @@ async def serve(client: Client, settings: Settings) -> None:
             "agents": agents.check,
             "capturenodes": lambda: None if nodes.is_synced else "not listed yet",
         },
+        metrics=metrics,
         streams_per_user=settings.downloads_per_user,
     )
     background = {
@@ -102,7 +109,7 @@ async def serve(client: Client, settings: Settings) -> None:
     async with (
         agents.connected(),
         asyncio.TaskGroup() as tasks,
-        listening(health(server.checks), port=settings.health_port),
+        listening(health(server.checks, metrics=metrics.exposition), port=settings.health_port),
         listening(
             server.application(),
             port=settings.port,
@@ -110,7 +117,8 @@ async def serve(client: Client, settings: Settings) -> None:
             drain=settings.drain,
             grace=settings.grace,
             on_drain=server.drain,
-            **PROTOCOL_LIMITS,
+            limits=Limits(connections=settings.connections, stall=_STALL_SECONDS),
+            on_loss=metrics.lost,
         ),
     ):
         for name, task in background.items():

@@ -15,6 +15,7 @@ from aiohttp import web
 
 from kube.certificates import ServerTLS
 from kube.client import ConfigurationError
+from kube.connections import Connections, Limits, Loss
 
 _log = logging.getLogger(__name__)
 
@@ -50,29 +51,31 @@ async def listening(
     drain: float = 0.0,
     grace: float = 10.0,
     on_drain: Callable[[], None] | None = None,
-    **server_options: Any,
+    limits: Limits | None = None,
+    on_loss: Callable[[Loss], None] = lambda _: None,
 ) -> AsyncIterator[int]:
     """Serve `app` while the block runs; yields the port (which is chosen by the system when `port` is 0).
 
     On the way out `on_drain` is called (readiness should fail from then on), requests are still taken for `drain`
     seconds, the time that the cluster needs to stop sending them, and those under way get `grace` seconds to end.
-    `server_options` go to aiohttp's protocol (`max_field_size`, …).
+    `on_loss` is told of each connection that was closed for its limits, or whose TLS handshake failed.
     """
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=grace, handle_signals=False, **server_options)
+    runner = web.AppRunner(app, handle_signals=False)
     await runner.setup()
+    assert runner.server is not None  # noqa: S101 - it has been set up
+    connections = Connections(runner.server, limits=limits or Limits(), tls=tls, on_loss=on_loss)
     try:
-        site = web.TCPSite(runner, host, port, ssl_context=tls.context if tls else None)
-        await site.start()
-        yield runner.addresses[0][1]
+        yield connections.listen(host, port)
     finally:
         if on_drain is not None:
             on_drain()
         # A task of its own: this one was cancelled, and then timeouts don't work before Python 3.11.3.
-        await asyncio.create_task(_drained(runner, drain), name="draining")
+        await asyncio.create_task(_drained(runner, connections, drain, grace), name="draining")
 
 
-async def _drained(runner: web.AppRunner, seconds: float) -> None:
-    await asyncio.sleep(seconds)
+async def _drained(runner: web.AppRunner, connections: Connections, drain: float, grace: float) -> None:
+    await asyncio.sleep(drain)
+    await connections.close(grace)
     await runner.cleanup()
 
 

@@ -129,6 +129,11 @@ def service_unavailable(message: str, *, retry_after: int | None = None) -> Stat
     return StatusError(503, message, retry_after=retry_after)
 
 
+def timed_out(message: str) -> StatusError:
+    """In the words of `k8s.io/apimachinery` (`NewTimeoutError`)."""
+    return StatusError(504, f"Timeout: {message}")
+
+
 def _phrase(code: int) -> str:
     try:
         return HTTPStatus(code).phrase

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from kube.certificates import SERVING_SIGNER, SERVING_USAGES, Identity, ServerTLS
 from kube.client import Client
+from kube.connections import Limits
 from kube.serve import environment, health, listening, number, run
 from webhook.admission import Admission
-from webhook.server import application, path_cache
+from webhook.server import LARGEST_BODY, application, path_cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,14 @@ async def main() -> None:
             tasks.create_task(path.run(), name="path")
             async with (
                 listening(health(checks), port=settings.health_port, grace=1),
-                listening(app, port=settings.port, tls=tls, drain=settings.drain, on_drain=draining.set),
+                listening(
+                    app,
+                    port=settings.port,
+                    tls=tls,
+                    drain=settings.drain,
+                    on_drain=draining.set,
+                    limits=Limits(body_bytes=LARGEST_BODY),
+                ),
             ):
                 await asyncio.Event().wait()
 

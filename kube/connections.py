@@ -1,0 +1,365 @@
+"""Connections to a server, and what clients may take of it: how many connect at once, and how long each may wait.
+
+aiohttp waits for its clients for ever, or nearly so. Whoever may connect could then hold all that a server has: with
+connections that ask for nothing, heads of requests that come a byte a second, or answers that are never read. Who has
+shown a valid certificate is not kept out by those who have not: of theirs, the one that waits longest makes room.
+"""
+
+import asyncio
+import errno
+import json
+import logging
+import math
+import socket
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, Literal, cast
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
+
+from kube.certificates import ServerTLS
+from kube.status import StatusError, bad_request
+
+_log = logging.getLogger(__name__)
+
+Loss = Literal["connections", "handshake", "head", "idle", "size"]
+"""What a connection was closed for: which of the limits it met, or a TLS handshake that failed."""
+
+_Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+_BACKLOG = 1024
+_MOST_HEADERS = 16384
+_ACCEPT_RETRY_SECONDS = 1.0
+_LAST_SECONDS = 1.0
+_LONGEST_SWEEP = 1.0
+_NO_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a client may take. Times in seconds, sizes in bytes.
+
+    `connections` are open at once, those in a TLS handshake included. A request's `head` has to be complete that long
+    after its first byte, the first one's that long after the connection was made; between two requests a connection
+    may be `idle`. `head_bytes` bound a request's line and headers together, `body_bytes` what may follow while it is
+    answered. With `stall`, a client that takes none of an answer for so long is cut off.
+    """
+
+    connections: int = 1024
+    handshake: float = 10.0
+    # As k8s.io/apiserver (ReadHeaderTimeout, MaxHeaderBytes).
+    head: float = 32.0
+    head_bytes: int = 1 << 20
+    body_bytes: int = 1 << 20
+    # Longer than Go's clients keep one (90 s): who closes first while the other asks makes a request fail.
+    idle: float = 120.0
+    stall: float | None = None
+
+    @property
+    def sweep(self) -> float:
+        """How often to look for connections whose time is over."""
+        return min(_LONGEST_SWEEP, self.head / 4, self.idle / 4)
+
+
+class Connections:
+    """Accepts connections for an application, keeps them to the limits, and ends them."""
+
+    def __init__(
+        self, server: web.Server, *, limits: Limits, tls: ServerTLS | None, on_loss: Callable[[Loss], None]
+    ) -> None:
+        """`server` is that of an `aiohttp.web.AppRunner`, which makes requests of what comes."""
+        self.limits = limits
+        self._tls = tls.context if tls else None
+        self.on_loss = on_loss
+        self._loop = asyncio.get_running_loop()
+        self._server = _Server(
+            server,
+            self,
+            access_log=None,
+            max_headers=_MOST_HEADERS,
+            max_field_size=limits.head_bytes,
+            max_line_size=limits.head_bytes,
+        )
+        self._open: dict[Connection, asyncio.Task[None]] = {}
+        self._busy = 0
+        self._quiet = asyncio.Event()
+        self._quiet.set()
+        self._listener: socket.socket | None = None
+        self._sweep: asyncio.TimerHandle | None = None
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def listen(self, host: str | None, port: int) -> int:
+        """Begin to accept; returns the port, which the system chooses when `port` is 0. Raises `OSError`."""
+        self._listener = _listening_socket(host, port)
+        self._loop.add_reader(self._listener, self._accept)
+        self._sweep = self._loop.call_later(self.limits.sweep, self._close_overdue)
+        return int(self._listener.getsockname()[1])
+
+    async def close(self, grace: float) -> None:
+        """Accept no more; requests under way get `grace` seconds to end."""
+        if self._listener is not None:
+            self._loop.remove_reader(self._listener)
+            self._listener.close()
+        for connection, opening in self._open.items():
+            if not connection.is_made:
+                opening.cancel()
+        await asyncio.sleep(0)  # what has been received becomes requests before those that are idle are closed
+        self._server.pre_shutdown()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace):
+                # Not left to aiohttp, which would wait that long twice.
+                await self._quiet.wait()
+        await self._server.shutdown(_LAST_SECONDS)
+        if self._sweep is not None:
+            self._sweep.cancel()
+
+    def began(self) -> None:
+        """A request on one of the connections is to be answered."""
+        self._busy += 1
+        self._quiet.clear()
+
+    def ended(self) -> None:
+        """It is answered."""
+        self._busy -= 1
+        if not self._busy:
+            self._quiet.set()
+
+    def forget(self, connection: "Connection") -> None:
+        """It is closed."""
+        self._open.pop(connection, None)
+
+    def lose(self, connection: "Connection", loss: Loss) -> None:
+        """Close it at once, answer or not."""
+        self.on_loss(loss)
+        if connection.is_made:
+            connection.abort()
+        else:
+            self._open[connection].cancel()
+        self.forget(connection)
+
+    def _accept(self) -> None:
+        assert self._listener is not None  # noqa: S101 - who calls is its reader
+        for _ in range(_BACKLOG):
+            try:
+                accepted, _address = self._listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                if error.errno not in _NO_DESCRIPTORS:
+                    raise
+                _log.error("no connection can be accepted: %s", error)
+                self._loop.remove_reader(self._listener)
+                self._loop.call_later(_ACCEPT_RETRY_SECONDS, self._accept_again)
+                return
+            self._admit(accepted)
+
+    def _accept_again(self) -> None:
+        if self._listener is not None and self._listener.fileno() >= 0:
+            self._loop.add_reader(self._listener, self._accept)
+
+    def _admit(self, accepted: socket.socket) -> None:
+        if len(self._open) >= self.limits.connections and not self._make_room():
+            self.on_loss("connections")
+            accepted.close()
+            return
+        accepted.setblocking(False)
+        if self.limits.stall is not None:
+            # The kernel alone sees whether anything of what is sent is taken; it counts windows that stay closed too.
+            milliseconds = round(self.limits.stall * 1000)
+            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+        connection = self._server()
+        self._open[connection] = self._loop.create_task(self._make(connection, accepted), name="new connection")
+
+    def _make_room(self) -> bool:
+        yielding = [connection for connection in self._open if connection.yields]
+        if not yielding:
+            return False
+        longest = min(yielding, key=lambda connection: connection.waits_since)
+        self.lose(longest, "connections")
+        return True
+
+    async def _make(self, connection: "Connection", accepted: socket.socket) -> None:
+        handshake = self.limits.handshake if self._tls else None
+        try:
+            await self._loop.connect_accepted_socket(
+                lambda: connection, accepted, ssl=self._tls, ssl_handshake_timeout=handshake
+            )
+        except OSError as error:
+            self.on_loss("handshake")
+            _log.debug("a TLS handshake failed: %s", error)
+        finally:
+            if not connection.is_made:
+                self.forget(connection)
+
+    def _close_overdue(self) -> None:
+        now = self._loop.time()
+        for connection in [connection for connection in self._open if connection.deadline < now]:
+            self.lose(connection, connection.waits_for)
+        self._sweep = self._loop.call_later(self.limits.sweep, self._close_overdue)
+
+
+class Connection(web.RequestHandler):
+    """One connection: aiohttp's protocol, which knows besides what it waits for, and since when."""
+
+    def __init__(self, server: "_Server", connections: Connections, **options: Any) -> None:
+        super().__init__(server, **options)
+        self._connections = connections
+        self._limits = connections.limits
+        self._made: asyncio.Transport | None = None  # aiohttp lets go of it before it is closed
+        self._busy = False
+        self._proven = False
+        self._refused = False
+        self._received = 0
+        self._body: StreamReader = EMPTY_PAYLOAD
+        self.waits_for: Literal["head", "idle"] = "head"
+        self.waits_since = self._loop.time()
+        self.deadline = math.inf
+
+    @property
+    def is_made(self) -> bool:
+        """Whether there is more of it than a TLS handshake under way."""
+        return self._made is not None
+
+    @property
+    def yields(self) -> bool:
+        """Whether it gives way to another: who asked for nothing yet, or has the answer, and showed no certificate."""
+        return not self._busy and not self._proven
+
+    @property
+    def _allowed(self) -> int:
+        return self._limits.head_bytes + (self._limits.body_bytes if self._busy else 0)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._made = cast("asyncio.Transport", transport)
+        # OpenSSL has none that it did not verify.
+        self._proven = bool(transport.get_extra_info("peercert"))
+        self._wait("head", self._limits.head)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._connections.forget(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        if not self._busy and self.waits_for == "idle":
+            self._wait("head", self._limits.head)
+        super().data_received(data)
+        self._received += len(data)
+        # A request that is about to begin may have brought some of its body.
+        if self._received > self._allowed and not self._messages:
+            self._refuse()
+
+    def begin(self, body: StreamReader) -> None:
+        """A request's head is complete."""
+        self._body = body
+        self._connections.began()
+        self._busy = True
+        self._received = 0
+        self.deadline = math.inf
+
+    def end(self) -> None:
+        """The request is answered."""
+        if not self._busy:
+            return
+        self._connections.ended()
+        self._busy = False
+        self._received = 0
+        self._wait("idle", self._limits.idle)
+
+    def abort(self) -> None:
+        """Close it at once, with whatever is still to be sent."""
+        if self._made is not None:
+            self._made.abort()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """The answer to what is no HTTP request. A client can send such as it likes, so no traceback is logged."""
+        self.end()
+        if not isinstance(exc, HttpProcessingError):
+            return super().handle_error(request, status, exc, message)
+        _log.debug("what %s sent is no request: %s", request.remote, exc)
+        refusal = bad_request("what was sent can't be read as a request of HTTP/1.1")
+        refused = web.json_response(refusal.to_json(), status=refusal.code)
+        refused.force_close()
+        return refused
+
+    def _wait(self, what: Literal["head", "idle"], seconds: float) -> None:
+        self.waits_for = what
+        self.waits_since = self._loop.time()
+        self.deadline = self.waits_since + seconds
+
+    def _refuse(self) -> None:
+        self._refused = True
+        self._connections.on_loss("size")
+        if not self._busy and self._body.is_eof() and self._made is not None:
+            self._made.write(_HEAD_TOO_LARGE)
+        self.force_close()
+
+
+class _Server(web.Server):
+    """aiohttp's, which makes connections of ours and tells them when a request begins and ends."""
+
+    def __init__(self, server: web.Server, connections: Connections, **options: Any) -> None:
+        super().__init__(_ending(server.request_handler), request_factory=_beginning(server.request_factory))
+        self._kept = connections
+        self._options = options
+
+    def __call__(self) -> Connection:
+        return Connection(self, self._kept, loop=asyncio.get_running_loop(), **self._options)
+
+
+def _beginning(make: Callable[..., web.BaseRequest]) -> Callable[..., web.BaseRequest]:
+    def begin(message: object, body: StreamReader, connection: Connection, *more: object) -> web.BaseRequest:
+        connection.begin(body)
+        return make(message, body, connection, *more)
+
+    return begin
+
+
+def _ending(handler: _Handler) -> _Handler:
+    async def handle(request: web.BaseRequest) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        finally:
+            cast("Connection", request.protocol).end()
+
+    return handle
+
+
+def _listening_socket(host: str | None, port: int) -> socket.socket:
+    """Without a host, one for every address of both families."""
+    if host is None and socket.has_dualstack_ipv6():
+        listener = socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG)
+    else:
+        family = socket.AF_INET6 if ":" in (host or "") else socket.AF_INET
+        listener = socket.create_server((host or "", port), family=family, backlog=_BACKLOG)
+    listener.setblocking(False)
+    return listener
+
+
+def _raw_answer(refusal: StatusError) -> bytes:
+    """For a client of which no request was read."""
+    body = json.dumps(refusal.to_json()).encode()
+    head = (
+        f"HTTP/1.1 {refusal.code} {HTTPStatus(refusal.code).phrase}",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+        "Connection: close",
+    )
+    return "\r\n".join((*head, "", "")).encode() + body
+
+
+_HEAD_TOO_LARGE = _raw_answer(StatusError(431, "the request's line and headers are too large", reason=""))
