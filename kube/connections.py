@@ -91,9 +91,6 @@ class Connections:
         self._listener: socket.socket | None = None
         self._sweep: asyncio.TimerHandle | None = None
 
-    def __len__(self) -> int:
-        return len(self._open)
-
     def listen(self, host: str | None, port: int) -> int:
         """Begin to accept; returns the port, which the system chooses when `port` is 0. Raises `OSError`."""
         self._listener = _listening_socket(host, port)
@@ -174,7 +171,10 @@ class Connections:
             milliseconds = round(self.limits.stall * 1000)
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         connection = self._server()
-        self._open[connection] = self._loop.create_task(self._make(connection, accepted), name="new connection")
+        making = self._open[connection] = self._loop.create_task(
+            self._make(connection, accepted), name="new connection"
+        )
+        making.add_done_callback(lambda _: self._made(connection, accepted))
 
     def _make_room(self) -> bool:
         yielding = [connection for connection in self._open if connection.yields]
@@ -193,9 +193,11 @@ class Connections:
         except OSError as error:
             self.on_loss("handshake")
             _log.debug("a TLS handshake failed: %s", error)
-        finally:
-            if not connection.is_made:
-                self.forget(connection)
+
+    def _made(self, connection: "Connection", accepted: socket.socket) -> None:
+        if not connection.is_made:
+            self.forget(connection)
+            accepted.close()  # if it made room before it was begun with, nobody else would
 
     def _close_overdue(self) -> None:
         now = self._loop.time()

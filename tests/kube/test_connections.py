@@ -285,6 +285,13 @@ async def test_handshakes_under_way_count_and_make_room(pki: Pki) -> None:
         assert world.losses == {"connections": 1}
 
 
+async def test_a_burst_of_connections_leaves_no_more_than_there_may_be(pki: Pki) -> None:
+    async with serving(Limits(connections=2), tls=pki.tls) as world:
+        burst = await asyncio.gather(*(world.connect() for _ in range(50)))
+        assert await (await world.connect(pki.context(pki.theirs.issue("client")))).ask() == ANSWER
+        assert [await client.rest() for client in burst[:49]] == [b""] * 49
+
+
 async def test_a_handshake_that_does_not_end_is_ended_while_others_are_served(pki: Pki) -> None:
     async with serving(Limits(handshake=SOON), tls=pki.tls) as world:
         silent = await world.connect()
