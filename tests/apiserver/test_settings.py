@@ -3,9 +3,11 @@ import pytest
 from apiserver.__main__ import Settings
 from kube.serve import SettingsError
 
+NUMBERS = ("PORT", "HEALTH_PORT", "DRAIN_SECONDS", "GRACE_SECONDS", "DOWNLOADS_PER_USER", "MAX_CONNECTIONS")
+
 
 def test_without_an_environment_the_settings_are_those_of_the_manifests(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("POD_NAMESPACE", "PORT", "HEALTH_PORT", "DRAIN_SECONDS", "GRACE_SECONDS", "DOWNLOADS_PER_USER"):
+    for name in ("POD_NAMESPACE", *NUMBERS):
         monkeypatch.delenv(name, raising=False)
 
     settings = Settings.read()
@@ -14,7 +16,7 @@ def test_without_an_environment_the_settings_are_those_of_the_manifests(monkeypa
     assert settings.drain + settings.grace < 90  # terminationGracePeriodSeconds
 
 
-@pytest.mark.parametrize("name", ["PORT", "HEALTH_PORT", "DRAIN_SECONDS", "GRACE_SECONDS", "DOWNLOADS_PER_USER"])
+@pytest.mark.parametrize("name", NUMBERS)
 def test_a_setting_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "many")
 

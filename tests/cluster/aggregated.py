@@ -35,6 +35,7 @@ SERVER_NAME = "kubepcap-apiserver.kubepcap.svc"
 # Where the agents listen; that of node-3 shows the certificate of node-1's, and node-4 has none.
 ADDRESSES = {"node-1": "127.83.0.1", "node-2": "127.83.0.2", "node-3": "127.83.0.3"}
 PATIENCE = 30.0
+MAX_CONNECTIONS = 64
 
 Headers = Iterable[tuple[str, str]]
 
@@ -113,6 +114,7 @@ class World:
     apiserver: Server
     agents: dict[str, Agent]
     log: Path
+    health_port: int
     uid: str = ""
     seen: dict[str, list[str]] = field(default_factory=dict)
     process: asyncio.subprocess.Process = field(init=False)
@@ -184,6 +186,7 @@ async def installed(plane: BareControlPlane, directory: Path) -> AsyncIterator[W
             apiserver=Server("127.0.0.1", port, SERVER_NAME, authority.certificate.decode()),
             agents={},
             log=directory / "apiserver.log",
+            health_port=health_port,
         )
         await _install(world, authority)
         signer = asyncio.create_task(Signer(client, authority).run(), name="signer")
@@ -330,6 +333,7 @@ async def _start(world: World, directory: Path, port: int, health_port: int) -> 
         "DRAIN_SECONDS": "1",
         "GRACE_SECONDS": "30",
         "DOWNLOADS_PER_USER": "2",
+        "MAX_CONNECTIONS": str(MAX_CONNECTIONS),
     }
     with world.log.open("wb") as log:
         return await asyncio.create_subprocess_exec(

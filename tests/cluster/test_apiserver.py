@@ -6,9 +6,10 @@ import http.client
 import json
 import os
 import signal
+import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 
 import aiohttp
 import pytest
@@ -16,11 +17,12 @@ import pytest_asyncio
 
 from hack.clusters.bare import BareControlPlane, bare_control_plane
 from hack.clusters.pki import Authority, Pair
-from kube.client import CONFIGMAPS, Resource
+from kube.client import CONFIGMAPS, Json, Resource
 from tests.cluster.aggregated import (
     FILES,
     GROUP,
     LARGE,
+    MAX_CONNECTIONS,
     PATIENCE,
     SMALL,
     Answer,
@@ -410,7 +412,7 @@ async def test_a_path_of_two_meanings_is_refused_to_everyone(world: World, tail:
         ("DELETE", f"{GROUP}/watch/namespaces/dev/packetcaptures/web/files", 405),
         ("GET", f"{GROUP}/namespaces/dev/packetcaptures", 404),
         ("GET", f"{GROUP}/packetcaptures/web/files", 404),
-        ("GET", "/metrics", 404),
+        ("GET", "/debug/pprof", 404),
         ("POST", "/apis", 405),
     ],
 )
@@ -430,6 +432,52 @@ async def test_the_audit_id_is_that_of_kube_apiserver(world: World) -> None:
     assert answer.headers["Audit-ID"] == "b1946ac9-2"
     lines = [json.loads(line) for line in world.log.read_text().splitlines() if "b1946ac9-2" in line]
     assert [(line["user"], line["verb"], line["code"]) for line in lines] == [("alice", "get", 200)]
+
+
+async def test_a_download_is_logged_with_its_object_and_its_bytes(world: World) -> None:
+    await world.get_as_front_proxy(
+        f"{FILES}/node-1/{LARGE}", headers=[("X-Remote-User", "alice"), ("Audit-ID", "d-1"), ("Range", "bytes=0-99")]
+    )
+
+    async def line() -> Json | None:
+        lines = [json.loads(text) for text in world.log.read_text().splitlines() if '"d-1"' in text]
+        return lines[0] if lines else None
+
+    logged = await eventually(line)
+    assert (logged["user"], logged["verb"], logged["code"], logged["bytes"]) == ("alice", "get", 206, 100)
+    assert logged["object"] == {
+        "group": "subresources.kubepcap.io",
+        "resource": "packetcaptures",
+        "subresource": "files",
+        "namespace": "dev",
+        "name": "web",
+    }
+    assert (logged["remote"], logged["cut"]) == ("127.0.0.1", None)
+
+
+async def test_metrics_are_shown_to_those_who_may_read_them_and_on_the_port_for_health(world: World) -> None:
+    root = [("X-Remote-User", "root"), ("X-Remote-Group", "system:masters")]
+
+    refused = await world.get_as_front_proxy("/metrics", headers=[("X-Remote-User", "alice")])
+    shown = await world.get_as_front_proxy("/metrics", headers=root)
+    url = f"http://127.0.0.1:{world.health_port}/metrics"
+    async with aiohttp.ClientSession() as session, session.get(url) as response:
+        unasked = await response.text()
+
+    assert (refused.code, shown.code, response.status) == (403, 200, 200)
+    assert 'User "alice" cannot get path "/metrics"' in refused.message
+    for text in (shown.body.decode(), unasked):
+        assert 'subresource="files",verb="GET",version="v1"' in text
+        assert "alice" not in text
+
+
+async def test_silent_connections_do_not_keep_kube_apiserver_out(world: World) -> None:
+    with ExitStack() as stack:
+        for _ in range(2 * MAX_CONNECTIONS):
+            stack.enter_context(socket.create_connection((world.apiserver.address, world.apiserver.port)))
+        answers = await asyncio.gather(*(world.get(FILES) for _ in range(10)))
+        assert [answer.code for answer in answers] == [200] * 10
+        assert await world.is_ready()
 
 
 async def test_a_download_that_the_agent_breaks_off_is_seen_to_be_broken(world: World) -> None:

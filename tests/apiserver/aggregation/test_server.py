@@ -42,7 +42,7 @@ class Named(Authenticator):
     def check(self) -> str | None:
         return None
 
-    async def authenticate(self, headers: Headers, connection: Connection | None) -> User:  # noqa: ARG002 - as the real one
+    async def authenticate(self, headers: Headers, connection: Connection | None) -> Authenticated:
         if "X-Remote-User" not in headers:
             raise unauthorized()
         return User(name=headers["X-Remote-User"])
