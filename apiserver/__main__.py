@@ -76,8 +76,8 @@ async def serve(client: Client, settings: Settings) -> None:
         dns_names=[f"{_NAME}.{settings.namespace}.svc"],
         on_change=use_key_pair,
     )
-    authenticator = Authenticator(client, on_trust=lambda ca: tls.use(client_ca=ca))
-    authorizer = Authorizer(client)
+    authenticator = Authenticator(client, on_trust=lambda ca: tls.use(client_ca=ca), on_review=metrics.token_reviewed)
+    authorizer = Authorizer(client, on_review=metrics.access_reviewed)
     agents = Agents(client, namespace=settings.namespace)
     nodes = Cache(client, CAPTURENODES, CaptureNode.model_validate)
     listing = Listing(client, nodes=nodes, agents=agents)

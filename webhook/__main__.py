@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 from kube.certificates import SERVING_SIGNER, SERVING_USAGES, Identity, ServerTLS
 from kube.client import Client
-from kube.connections import Limits
 from kube.serve import environment, health, listening, number, run
 from webhook.admission import Admission
-from webhook.server import LARGEST_BODY, application, path_cache
+from webhook.server import LIMITS, application, path_cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +64,7 @@ async def main() -> None:
                     tls=tls,
                     drain=settings.drain,
                     on_drain=draining.set,
-                    limits=Limits(body_bytes=LARGEST_BODY),
+                    limits=LIMITS,
                 ),
             ):
                 await asyncio.Event().wait()

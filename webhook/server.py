@@ -13,6 +13,7 @@ from aiohttp import web
 
 from api.names import WEBHOOK_PATH_KEY, WEBHOOK_PATH_SECRET, is_webhook_path
 from kube.client import SECRETS, Client
+from kube.connections import Limits
 from kube.status import StatusError, bad_request
 from kube.watch import Cache
 from webhook.admission import Admission
@@ -20,6 +21,9 @@ from webhook.review import Answer, Request, ReviewError, parse
 
 LARGEST_BODY = 8 * 2**20
 """Bytes; a review carries the old and the new object, each of at most 3 MiB (kube-apiserver's limit of a request)."""
+
+LIMITS = Limits(body_bytes=2 * LARGEST_BODY)
+"""Of a client; it may send more than is read, so that it takes the answer that says so."""
 
 
 def application(admission: Admission, *, paths: Callable[[], frozenset[str]]) -> web.Application:

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 from multidict import CIMultiDictProxy
 
-from apiserver.aggregation.review import Reviewer, ReviewError
+from apiserver.aggregation.review import Observe, Reviewer, ReviewError, unobserved
 from kube.answers import Answers
 from kube.client import CONFIGMAPS, TOKENREVIEWS, Client, Json
 from kube.status import internal_error, unauthorized
@@ -173,6 +173,7 @@ class Authenticator:
         *,
         on_trust: Callable[[bytes], None],
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        on_review: Observe = unobserved,
     ) -> None:
         """`on_trust` is told the CA of front proxies (PEM) whenever it changes, and has new connections verified by it.
 
@@ -183,7 +184,7 @@ class Authenticator:
         self._now = now
         self._front_proxy: FrontProxy | None = None
         self._peers: WeakKeyDictionary[object, Peer] = WeakKeyDictionary()
-        self._reviewer = Reviewer(client, TOKENREVIEWS)
+        self._reviewer = Reviewer(client, TOKENREVIEWS, observe=on_review)
         self._reviews: Answers[bytes, User | None] = Answers(
             lifetime=lambda _: _REVIEW_LIFETIME,
             size=_REVIEWS,

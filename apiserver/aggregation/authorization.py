@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from apiserver.aggregation.authentication import ANONYMOUS, User
 from apiserver.aggregation.requestinfo import RequestInfo
-from apiserver.aggregation.review import Reviewer, ReviewError
+from apiserver.aggregation.review import Observe, Reviewer, ReviewError, unobserved
 from kube.answers import Answers, fingerprint
 from kube.client import SUBJECTACCESSREVIEWS, Client, Json
 from kube.status import StatusError
@@ -52,8 +52,10 @@ class Decision:
 class Authorizer:
     """Asks kube-apiserver, and keeps each answer for ten seconds."""
 
-    def __init__(self, client: Client, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._reviewer = Reviewer(client, SUBJECTACCESSREVIEWS)
+    def __init__(
+        self, client: Client, *, clock: Callable[[], float] = time.monotonic, on_review: Observe = unobserved
+    ) -> None:
+        self._reviewer = Reviewer(client, SUBJECTACCESSREVIEWS, observe=on_review)
         self._clock = clock
         self._decisions: Answers[bytes, Decision] = Answers(
             lifetime=lambda _: LIFETIME,

@@ -94,7 +94,7 @@ class Metrics:
         )
         self._terminations = self._counter(
             "apiserver_request_terminations_total",
-            "Requests that were refused or ended in self-defence: for their number, or for their time.",
+            "Requests that were refused or ended in self-defence: for their number, their time, or a right taken back.",
             (*_REPORTED, "component", "code"),
         )
         self._aborts = self._counter(
@@ -105,6 +105,10 @@ class Metrics:
         )
         self._authorizations = self._histogram(
             "authorization_duration_seconds", "Time to authorize a request.", ("result",), _IDENTITY_DURATIONS
+        )
+        self._token_reviews, self._token_review_durations = self._reviews("apiserver_delegated_authn", "TokenReviews")
+        self._access_reviews, self._access_review_durations = self._reviews(
+            "apiserver_delegated_authz", "SubjectAccessReviews"
         )
         self._handshake_errors = self._counter(
             "apiserver_tls_handshake_errors_total", "Connections whose TLS handshake failed.", ()
@@ -147,7 +151,7 @@ class Metrics:
             self._sizes.labels(*request, _COMPONENT).observe(size)
 
     def terminated(self, request: Reported, *, code: int) -> None:
-        """A request was refused, or ended, for what it would take."""
+        """A request was refused, or ended, for what it would take or since it is no longer allowed."""
         self._terminations.labels(*request, _COMPONENT, code).inc()
 
     def aborted(self, request: Reported) -> None:
@@ -162,12 +166,33 @@ class Metrics:
         """It is decided whether a request is allowed."""
         self._authorizations.labels(result).observe(seconds)
 
+    def token_reviewed(self, code: str, seconds: float) -> None:
+        """kube-apiserver answered a TokenReview, or did not."""
+        self._token_reviews.labels(code).inc()
+        self._token_review_durations.labels(code).observe(seconds)
+
+    def access_reviewed(self, code: str, seconds: float) -> None:
+        """kube-apiserver answered a SubjectAccessReview, or did not."""
+        self._access_reviews.labels(code).inc()
+        self._access_review_durations.labels(code).observe(seconds)
+
     def lost(self, loss: Loss) -> None:
         """A connection was closed for a limit."""
         if loss == "handshake":
             self._handshake_errors.inc()
         else:
             self._lost.labels(loss).inc()
+
+    def _reviews(self, prefix: str, what: str) -> tuple[Counter, Histogram]:
+        return (
+            self._counter(f"{prefix}_request_total", f"{what} by code of the answer.", ("code",)),
+            self._histogram(
+                f"{prefix}_request_duration_seconds",
+                f"Time that {what} took, by code of the answer.",
+                ("code",),
+                _REVIEW_DURATIONS,
+            ),
+        )
 
     def _counter(self, name: str, meaning: str, labels: Sequence[str]) -> Counter:
         return Counter(name, meaning, labels, registry=self._registry)

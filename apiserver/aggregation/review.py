@@ -9,6 +9,7 @@ import asyncio
 import errno
 import logging
 import random
+import time
 from collections.abc import Awaitable, Callable
 
 import aiohttp
@@ -21,12 +22,21 @@ _log = logging.getLogger(__name__)
 PATIENCE = 10.0
 """Seconds that a review takes at most, however often it is tried."""
 
+CREATED = "201"
+NO_CODE = "<error>"
+
 _TRIES = 5
 _FIRST_PAUSE = 0.5
 _GROWTH = 1.5
 _JITTER = 0.2
 
 Sleep = Callable[[float], Awaitable[None]]
+Observe = Callable[[str, float], None]
+"""Is told of each try: the code of its HTTP answer, `<error>` without one, and the seconds that it took."""
+
+
+def unobserved(_code: str, _seconds: float) -> None:
+    """Nobody wants to know."""
 
 
 class ReviewError(Exception):
@@ -43,10 +53,13 @@ class ReviewError(Exception):
 class Reviewer:
     """Has one kind of reviews answered."""
 
-    def __init__(self, client: Client, resource: Resource, *, sleep: Sleep = asyncio.sleep) -> None:
+    def __init__(
+        self, client: Client, resource: Resource, *, sleep: Sleep = asyncio.sleep, observe: Observe = unobserved
+    ) -> None:
         self._client = client
         self._resource = resource
         self._sleep = sleep
+        self._observe = observe
 
     async def status(self, spec: Json) -> Json:
         """The `status` of a review of `spec`. Raises `ReviewError`."""
@@ -68,7 +81,7 @@ class Reviewer:
         pause = _FIRST_PAUSE
         for tries_left in reversed(range(_TRIES)):
             try:
-                return await self._client.create(self._resource, body)
+                return await self._tried(body)
             except StatusError as error:
                 if not tries_left or not is_transient(error):
                     raise
@@ -77,6 +90,20 @@ class Reviewer:
                 await self._sleep(max(wanted, error.retry_after or 0))
                 pause *= _GROWTH
         raise AssertionError("the last try returns or raises")
+
+    async def _tried(self, body: Json) -> Json:
+        began = time.monotonic()
+        code = NO_CODE
+        try:
+            answer = await self._client.create(self._resource, body)
+            code = CREATED
+        except StatusError as error:
+            if error.__cause__ is None:
+                code = str(error.code)
+            raise
+        finally:
+            self._observe(code, time.monotonic() - began)
+        return answer
 
 
 def is_transient(error: StatusError) -> bool:

@@ -174,6 +174,8 @@ class Server:
             if exchange.begun is None:
                 raise
             _cut(request, exchange, error)
+            if isinstance(error, StatusError):
+                self._metrics.terminated(exchange.reported(request.method), code=error.code)
             return exchange.begun
         return response
 

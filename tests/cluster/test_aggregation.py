@@ -17,7 +17,7 @@ from aiohttp import web
 from apiserver.aggregation.authentication import Authenticator
 from apiserver.aggregation.authorization import Authorizer
 from apiserver.aggregation.group import Call, Endpoint, Group, Resource, Subresource
-from apiserver.aggregation.server import PROTOCOL_LIMITS
+from apiserver.aggregation.metrics import Metrics
 from apiserver.aggregation.server import Server as AggregatedServer
 from hack.clusters.bare import BareControlPlane, bare_control_plane
 from hack.clusters.pki import Authority, Pair
@@ -150,12 +150,13 @@ async def world(plane: BareControlPlane) -> AsyncIterator[World]:
             authenticator=authenticator,
             authorizer=authorizer,
             checks={},
+            metrics=Metrics(),
         )
         for run in (authenticator.run, authorizer.run):
             task = asyncio.create_task(run(), name="server's background")
             stack.callback(task.cancel)
         port = await stack.enter_async_context(
-            listening(server.application(), port=0, host="127.0.0.1", tls=tls, grace=0, **PROTOCOL_LIMITS)
+            listening(server.application(), port=0, host="127.0.0.1", tls=tls, grace=0)
         )
         world = World(
             client=client,

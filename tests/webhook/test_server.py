@@ -14,7 +14,7 @@ from kube.serve import listening
 from tests.webhook.test_review import review
 from webhook.admission import Admission
 from webhook.review import Answer, Request
-from webhook.server import application, read_path
+from webhook.server import LIMITS, application, read_path
 
 PATH = "0123456789abcdef"
 
@@ -31,7 +31,7 @@ class AllowAll:
 async def served() -> AsyncIterator[aiohttp.ClientSession]:
     app = application(cast("Admission", AllowAll()), paths=lambda: frozenset({PATH}))
     async with (
-        listening(app, port=0, host="127.0.0.1", grace=0) as port,
+        listening(app, port=0, host="127.0.0.1", grace=0, limits=LIMITS) as port,
         aiohttp.ClientSession(base_url=f"http://127.0.0.1:{port}") as session,
     ):
         yield session

@@ -49,6 +49,8 @@ def test_names_and_labels_are_those_of_kubernetes() -> None:
         metrics.aborted(PAGES)
         metrics.authenticated("success", 0.001)
         metrics.authorized("denied", 0.001)
+        metrics.token_reviewed("201", 0.01)
+        metrics.access_reviewed("<error>", 10.0)
         metrics.lost("handshake")
         shown = metrics.exposition().decode()
     labels = {
@@ -69,6 +71,8 @@ def test_names_and_labels_are_those_of_kubernetes() -> None:
         "apiserver_tls_handshake_errors_total": set(),
         "authentication_duration_seconds_count": {"result"},
         "authorization_duration_seconds_count": {"result"},
+        "apiserver_delegated_authn_request_total": {"code"},
+        "apiserver_delegated_authz_request_duration_seconds_bucket": {"code"},
         "process_resident_memory_bytes": set(),
     }.items():
         assert labels[name] == expected

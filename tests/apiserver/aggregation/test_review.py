@@ -150,3 +150,16 @@ async def test_a_connection_that_kube_apiserver_closes_fails_no_review(tmp_path:
 
         assert await reviewer.status({"user": "alice"}) == {"allowed": True}
         assert connections() == 3
+
+
+async def test_each_try_is_told_by_the_code_of_its_answer() -> None:
+    codes: list[str] = []
+    client = Script(StatusError(429, "x", retry_after=3), BROKEN, ALLOWED)
+
+    def observe(code: str, seconds: float) -> None:
+        assert seconds >= 0
+        codes.append(code)
+
+    await Reviewer(client, SUBJECTACCESSREVIEWS, sleep=Pauses(), observe=observe).status({})
+
+    assert codes == ["429", "<error>", "201"]

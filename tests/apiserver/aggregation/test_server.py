@@ -14,7 +14,7 @@ import pytest
 from aiohttp import web
 from prometheus_client.parser import text_string_to_metric_families
 
-from apiserver.aggregation.authentication import Authenticator, Connection, Headers, User
+from apiserver.aggregation.authentication import Authenticated, Authenticator, Connection, Headers, User
 from apiserver.aggregation.authorization import Authorizer, forbidden
 from apiserver.aggregation.group import Call, Endpoint, Group, Resource, Segment, Subresource
 from apiserver.aggregation.metrics import Metrics
@@ -42,10 +42,10 @@ class Named(Authenticator):
     def check(self) -> str | None:
         return None
 
-    async def authenticate(self, headers: Headers, connection: Connection | None) -> Authenticated:
+    async def authenticate(self, headers: Headers, connection: Connection | None) -> Authenticated:  # noqa: ARG002 - as the real one
         if "X-Remote-User" not in headers:
             raise unauthorized()
-        return User(name=headers["X-Remote-User"])
+        return Authenticated(user=User(name=headers["X-Remote-User"]))
 
 
 class Lenient(Authorizer):
