@@ -18,6 +18,7 @@ from http import HTTPStatus
 from typing import Any, Literal, cast
 
 from aiohttp import web
+from aiohttp.http import HttpVersion10, HttpVersion11, RawRequestMessage
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 
@@ -36,6 +37,7 @@ _MOST_HEADERS = 16384
 _ACCEPT_RETRY_SECONDS = 1.0
 _LAST_SECONDS = 1.0
 _LONGEST_SWEEP = 1.0
+_VERSIONS = frozenset({HttpVersion10, HttpVersion11})
 _NO_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
@@ -217,6 +219,7 @@ class Connection(web.RequestHandler):
         self._busy = False
         self._proven = False
         self._refused = False
+        self.understood = True
         self._received = 0
         self._body: StreamReader = EMPTY_PAYLOAD
         self.waits_for: Literal["head", "idle"] = "head"
@@ -259,8 +262,9 @@ class Connection(web.RequestHandler):
         if self._received > self._allowed and not self._messages:
             self._refuse()
 
-    def begin(self, body: StreamReader) -> None:
-        """A request's head is complete."""
+    def begin(self, body: StreamReader, *, understood: bool) -> None:
+        """A request's head is complete; what version of HTTP it is in may not be spoken here."""
+        self.understood = understood
         self._body = body
         self._connections.began()
         self._busy = True
@@ -324,8 +328,10 @@ class _Server(web.Server):
 
 
 def _beginning(make: Callable[..., web.BaseRequest]) -> Callable[..., web.BaseRequest]:
-    def begin(message: object, body: StreamReader, connection: Connection, *more: object) -> web.BaseRequest:
-        connection.begin(body)
+    def begin(message: RawRequestMessage, body: StreamReader, connection: Connection, *more: object) -> web.BaseRequest:
+        connection.begin(body, understood=message.version in _VERSIONS)
+        if not connection.understood:  # aiohttp would answer in whatever version it was asked in
+            message = message._replace(version=HttpVersion11)
         return make(message, body, connection, *more)
 
     return begin
@@ -333,12 +339,20 @@ def _beginning(make: Callable[..., web.BaseRequest]) -> Callable[..., web.BaseRe
 
 def _ending(handler: _Handler) -> _Handler:
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
+        connection = cast("Connection", request.protocol)
         try:
-            return await handler(request)
+            return await handler(request) if connection.understood else _refuse_version()
         finally:
-            cast("Connection", request.protocol).end()
+            connection.end()
 
     return handle
+
+
+def _refuse_version() -> web.Response:
+    refusal = StatusError(505, "HTTP/1.1 and HTTP/1.0 are what is spoken here", reason="")
+    refused = web.json_response(refusal.to_json(), status=refusal.code)
+    refused.force_close()
+    return refused
 
 
 def _listening_socket(host: str | None, port: int) -> socket.socket:

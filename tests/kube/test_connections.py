@@ -218,6 +218,16 @@ async def test_what_is_no_request_is_refused_without_a_traceback(sent: bytes, ca
     assert caplog.records == []
 
 
+@pytest.mark.parametrize("version", [b"HTTP/2.0", b"HTTP/0.9"])
+async def test_another_version_of_http_is_refused_in_ours(version: bytes) -> None:
+    async with serving(Limits()) as world:
+        client = await world.connect()
+        client.writer.write(b"GET / " + version + b"\r\nHost: x\r\n\r\n")
+        answered = await client.rest()
+    assert answered.startswith(b"HTTP/1.1 505 ")
+    assert json.loads(answered.partition(b"\r\n\r\n")[2])["code"] == 505
+
+
 async def test_more_than_so_many_requests_at_once_are_refused_and_those_under_way_are_answered() -> None:
     async with serving(Limits(connections=2)) as world, asyncio.TaskGroup() as tasks:
         clients = [await world.connect() for _ in range(2)]
