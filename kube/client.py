@@ -11,7 +11,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 from kubernetes_asyncio.client import ApiClient, Configuration
@@ -26,6 +27,8 @@ _TIMEOUT = aiohttp.ClientTimeout(total=30, connect=10)
 # A watch ends by itself after `timeoutSeconds`; a silent connection is given up a little later.
 _WATCH_SECONDS = 290
 _WATCH_TIMEOUT = aiohttp.ClientTimeout(total=None, connect=10, sock_read=_WATCH_SECONDS + 10)
+# A line of a watch holds an object, and etcd takes none above 1.5 MiB.
+_BUFFER = 2 << 20
 _METADATA_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 _METADATA = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 
@@ -139,8 +142,10 @@ class Client:
                 )
         except (ConfigException, OSError) as error:
             raise ConfigurationError(f"no way to kube-apiserver: {error}") from error
+        configuration.proxy = configuration.proxy or _proxy(configuration.host or "")
         async with ApiClient(configuration) as api_client:
             api_client.user_agent = user_agent
+            _stop_looking_for_proxies(api_client)
             yield cls(api_client)
 
     async def get(
@@ -348,6 +353,22 @@ class Client:
         finally:
             if response is not None:
                 response.close()
+
+
+def _proxy(url: str) -> str | None:
+    """The proxy that the environment names for a URL (HTTPS_PROXY, NO_PROXY and the like)."""
+    address = urlsplit(url)
+    return None if proxy_bypass(address.hostname or "") else getproxies().get(address.scheme)
+
+
+def _stop_looking_for_proxies(api_client: ApiClient) -> None:
+    """The library's session asks the environment and ~/.netrc anew for each request, in a thread each time."""
+    rest = api_client.rest_client
+    session = rest.pool_manager
+    rest.pool_manager = aiohttp.ClientSession(
+        connector=session.connector, cookie_jar=aiohttp.DummyCookieJar(), read_bufsize=_BUFFER
+    )
+    session.detach()
 
 
 async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
