@@ -8,7 +8,6 @@ that is not renewed runs out.
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -53,8 +52,6 @@ class Permissions:
         self._authorizer = authorizer
         self._interval = interval
         self._duration = duration
-        self.ended: Counter[int] = Counter()
-        """How many requests were ended, by the code of the reason: 401, 403, or 500 when it could not be told."""
 
     @asynccontextmanager
     async def upheld(self, authenticated: Authenticated, info: RequestInfo) -> AsyncIterator[None]:
@@ -82,7 +79,6 @@ class Permissions:
 
     def _ended(self, permission: _Permission) -> StatusError:
         reason = permission.trouble or internal_error("Internal error occurred: the permission was not renewed in time")
-        self.ended[reason.code] += 1
         info, user = permission.info, permission.authenticated.user
         _log.warning("%r is no longer let %s %s: %s", user.name, info.verb, info.path, reason.message)
         return reason

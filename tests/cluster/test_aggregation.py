@@ -13,6 +13,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 from aiohttp import web
+from prometheus_client.parser import text_string_to_metric_families
 
 from apiserver.aggregation.authentication import Authenticator
 from apiserver.aggregation.authorization import Authorizer
@@ -93,6 +94,7 @@ class World:
     kube_apiserver: Server
     admin: Pair
     server: Server
+    metrics: Metrics
 
     async def ask(self, path: str, *, user: str, method: str = "GET", headers: Headers = ()) -> Answer:
         """Through kube-apiserver as some user, whom the admin impersonates."""
@@ -142,6 +144,7 @@ async def world(plane: BareControlPlane) -> AsyncIterator[World]:
         client = await stack.enter_async_context(Client.connect(user_agent="test", kubeconfig=plane.kubeconfig))
         authenticator = Authenticator(client, on_trust=lambda ca: tls.use(client_ca=ca))
         authorizer = Authorizer(client)
+        metrics = Metrics()
         server = AggregatedServer(
             groups=[THINGS],
             schemas={"User": {"type": "object"}},
@@ -150,7 +153,7 @@ async def world(plane: BareControlPlane) -> AsyncIterator[World]:
             authenticator=authenticator,
             authorizer=authorizer,
             checks={},
-            metrics=Metrics(),
+            metrics=metrics,
         )
         for run in (authenticator.run, authorizer.run):
             task = asyncio.create_task(run(), name="server's background")
@@ -166,6 +169,7 @@ async def world(plane: BareControlPlane) -> AsyncIterator[World]:
             ),
             admin=plane.authority.issue("admin", groups=["system:masters"]),
             server=Server("127.0.0.1", port, HOST, authority.certificate.decode()),
+            metrics=metrics,
         )
         await _register(world, authority, port)
         yield world
@@ -325,3 +329,12 @@ async def test_a_watch_ends_when_its_right_is_taken_back_and_another_users_goes_
         for _ in range(20):
             assert await kept.content.readline() == TICKS
     assert (await world.ask(path, user="mallory")).code == 403
+    counted = [
+        sample
+        for family in text_string_to_metric_families(world.metrics.exposition().decode())
+        for sample in family.samples
+        if sample.name == "apiserver_request_terminations_total" and sample.labels["verb"] == "WATCH"
+    ]
+    assert [(sample.labels["subresource"], sample.labels["code"], sample.value) for sample in counted] == [
+        ("feed", "403", 1)
+    ]
