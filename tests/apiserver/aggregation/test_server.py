@@ -167,7 +167,7 @@ async def serving(*, streams_per_user: int = 2, request_seconds: float = 60.0, *
             on_loss=metrics.lost,
             **{"grace": PATIENCE} | options,
         ) as port,
-        aiohttp.ClientSession() as session,
+        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE)) as session,
     ):
         yield World(library, server, session, metrics, port)
 
