@@ -22,6 +22,7 @@ class BareControlPlane:
     """What a test needs of it. Users are made up: whoever has a certificate of `authority` is who it says."""
 
     url: str
+    etcd_url: str
     directory: Path
     kubeconfig: Path
     kubectl: Path
@@ -62,6 +63,7 @@ def bare_control_plane(directory: Path, *arguments: str) -> Iterator[BareControl
     settings.write_certificates(authority, front_proxy)
     plane = BareControlPlane(
         url=settings.url,
+        etcd_url=f"http://127.0.0.1:{etcd_port}",
         directory=directory,
         kubeconfig=directory / "admin.kubeconfig",
         kubectl=find("kubectl"),

@@ -45,8 +45,9 @@ class Module:
 
     def digest(self) -> str:
         content = hashlib.sha256(repr((sorted(self.programs.items()), self.linker_flags())).encode())
-        for path in sorted(self.directory.iterdir()):
-            content.update(path.name.encode() + b"\0" + path.read_bytes())
+        for path in sorted(self.directory.rglob("*")):
+            if path.is_file():
+                content.update(str(path.relative_to(self.directory)).encode() + b"\0" + path.read_bytes())
         return content.hexdigest()[:12]
 
     def linker_flags(self) -> str:
@@ -83,7 +84,10 @@ KUBERNETES = Module(
 )
 COREDNS = Module("coredns", {"coredns": "."})
 PAUSE = Module("pause", {"pause": "."})
-MODULES = (KUBERNETES, COREDNS, PAUSE)
+OF_A_CLUSTER = (KUBERNETES, COREDNS, PAUSE)
+# What tests and benchmarks compare our API server with; no cluster runs it.
+CONFORMANCE = Module("conformance", {"sample-apiserver": "k8s.io/sample-apiserver", "requestinfo": "./requestinfo"})
+MODULES = (*OF_A_CLUSTER, CONFORMANCE)
 
 
 def find(program: str) -> Path:
@@ -98,7 +102,7 @@ def find(program: str) -> Path:
 
 def find_all() -> dict[str, str]:
     """Where every program of a cluster is."""
-    return {program: str(find(program)) for module in MODULES for program in module.programs}
+    return {program: str(find(program)) for module in OF_A_CLUSTER for program in module.programs}
 
 
 def pinned_version(program: str) -> str | None:

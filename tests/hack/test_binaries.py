@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from hack.clusters import binaries
-from hack.clusters.binaries import COREDNS, KUBERNETES, MODULES, PAUSE, Module
+from hack.clusters.binaries import CONFORMANCE, COREDNS, KUBERNETES, MODULES, PAUSE, Module
 
 
 def program(directory: Path, name: str, said: str) -> Path:
@@ -78,17 +78,24 @@ def test_a_program_that_cannot_run_has_no_version(tmp_path: Path) -> None:
 
 def test_another_pin_is_another_place_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(binaries, "HACK", tmp_path)
-    (tmp_path / "coredns").mkdir()
+    (tmp_path / "coredns" / "part").mkdir(parents=True)
     module = Module("coredns", {"coredns": "."})
     digests = set()
     for version in ("1.14.6", "1.14.7"):
         (tmp_path / "coredns" / "go.mod").write_text(f"module x\n\ngo 1.26\n\nrequire example.org/x v{version}\n")
         assert module.version("example.org/x") == f"v{version}"
         digests.add(module.digest())
-    assert len(digests) == 2
+    (tmp_path / "coredns" / "part" / "main.go").write_text("package main\n")
+    digests.add(module.digest())
+    assert len(digests) == 3
 
 
 def test_kubernetes_is_told_the_version_that_it_is_built_from() -> None:
     version = KUBERNETES.version("k8s.io/kubernetes")
     assert f"gitVersion={version}" in KUBERNETES.linker_flags()
     assert {module.go_version >= (1, 26) for module in (KUBERNETES, COREDNS, PAUSE)} == {True}
+
+
+@pytest.mark.parametrize("module", ["k8s.io/apiserver", "k8s.io/sample-apiserver"])
+def test_the_server_that_ours_is_compared_with_is_of_the_clusters_version(module: str) -> None:
+    assert CONFORMANCE.version(module).split(".")[1:] == KUBERNETES.version("k8s.io/kubernetes").split(".")[1:]
