@@ -24,6 +24,20 @@ _VERBS_OF_METHODS = {
 # RFC 3986's unreserved characters, and those of its sub-delimiters that names of RBAC objects are made of. There is no
 # "%" among them: nothing in a Kubernetes name needs it, and kube-apiserver forwards an encoded "/" as a plain one.
 _SEGMENT = re.compile(r"[A-Za-z0-9._~:@+=,-]+")
+_BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
+_NUMBERS = ("limit", "timeoutSeconds")
+# Of a field selector: its terms up to each comma that no backslash escapes, operators, and the form of a value.
+_TERM = re.compile(r"(?:[^,\\]|\\.|\\$)+", re.DOTALL)
+_OPERATOR = re.compile(r"(!=|==|=)")
+_VALUE = re.compile(r"(?:[^=,\\]|\\[\\,=])*", re.DOTALL)
+# The plain form of a label selector: equality and sets, without the comparison of numbers and odd white space.
+_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
+_PREFIX = r"(?=[^/]{1,253}/)[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)*/"
+_REQUIREMENT = (
+    rf"(?:!(?:{_PREFIX})?{_LABEL}|(?:{_PREFIX})?{_LABEL}"
+    rf"(?: ?(?:==?|!=) ?(?:{_LABEL})?| (?:in|notin) ?\((?:{_LABEL})(?:, ?{_LABEL})*\))?)"
+)
+_LABEL_SELECTOR = re.compile(rf"(?:{_REQUIREMENT}(?:, ?{_REQUIREMENT})*)?")
 
 
 class PathError(ValueError):
@@ -67,7 +81,7 @@ def parse(method: str, target: str) -> RequestInfo:
     """
     path, _, query_string = target.partition("?")
     segments = _segments(path)
-    query = parse_qs(query_string, keep_blank_values=True)
+    query = _query(query_string)
     if len(segments) < 3 or segments[0] not in ("api", "apis"):
         return RequestInfo(path=path, verb=method.lower(), query=query)
     prefix, *rest = segments
@@ -135,39 +149,55 @@ def _segments(path: str) -> list[str]:
     return segments
 
 
+def _query(text: str) -> dict[str, list[str]]:
+    """The parameters, decoded. Go leaves out what it can't decode, others keep it, so nothing of the kind passes."""
+    if not text.isascii() or ";" in text or _BAD_ESCAPE.search(text):
+        raise PathError('the query has ";", a character outside ASCII, or "%" without two hexadecimal digits')
+    try:
+        return parse_qs(text, keep_blank_values=True, errors="strict")
+    except UnicodeDecodeError as error:
+        raise PathError("the query is not UTF-8") from error
+
+
 def _without_name(verb: str, query: dict[str, list[str]]) -> tuple[str, str]:
     """The verb and name of a request whose path has no name."""
     if verb == "delete":
         return "deletecollection", ""
     if verb != "get":
         return verb, ""
-    watch = "watch" in query and query["watch"][0].lower() not in ("false", "0")
     name = _name_selected(_first(query, "fieldSelector"))
-    # Kubernetes decodes the list options as a whole: a number it can't read loses it the selector too.
-    if not all(_is_integer(_first(query, option)) for option in ("limit", "timeoutSeconds")):
-        name = ""
-    return ("watch" if watch else "list"), name
+    # Kubernetes decodes the list options as a whole: one that it can't read loses it the name too.
+    readable = name is not None and all(_is_integer(query[option][0]) for option in _NUMBERS if option in query)
+    if name and readable and not _LABEL_SELECTOR.fullmatch(_first(query, "labelSelector")):
+        raise PathError("labelSelector is of a form that is not understood beside a name in fieldSelector")
+    watch = query.get("watch", ["false"])[0]
+    if not watch.isascii():  # Go folds "ſ" to "s" in one place and not in another
+        raise PathError("watch must be true or false")
+    verb = "list" if watch.lower() in ("false", "0") else "watch"
+    return verb, name if name and readable else ""
 
 
-def _name_selected(selector: str) -> str:
-    """The name that a field selector demands by `metadata.name=`, if it is one and the selector can be read."""
-    name = ""
-    for term in re.split(r"(?<!\\),", selector):
-        if not term:
-            continue
-        matched = re.fullmatch(r"((?:[^=!\\]|\\.)*)(!=|==|=)((?:[^=,\\]|\\[\\,=])*)", term)
-        if not matched:
-            return ""
-        key, operator, value = matched.groups()
-        if key == "metadata.name" and operator != "!=" and not name:
-            name = re.sub(r"\\(.)", r"\1", value)
-    if name in (".", "..") or "/" in name or "%" in name:
-        return ""
-    return name
+def _name_selected(selector: str) -> str | None:
+    """The name that a field selector demands by `metadata.name=`, empty if none; None if it can't be read.
+
+    As `k8s.io/apimachinery/pkg/fields.ParseSelector` does it, which sorts the terms: of two names the first counts.
+    """
+    names = []
+    for term in sorted(_TERM.findall(selector)):
+        key, *comparison = _OPERATOR.split(term, maxsplit=1)
+        if not comparison or not _VALUE.fullmatch(comparison[1]):
+            return None
+        operator, value = comparison
+        if key == "metadata.name" and operator != "!=":
+            names.append(re.sub(r"\\(.)", r"\1", value))
+    name = names[0] if names else ""
+    return "" if name in (".", "..") or "/" in name or "%" in name else name
 
 
 def _is_integer(text: str) -> bool:
-    return not text or re.fullmatch(r"[+-]?[0-9]+", text) is not None
+    """Whether Go's ParseInt takes it for 64 bits."""
+    number = re.fullmatch(r"([+-]?)(?=[0-9])0*([0-9]{0,19})", text)  # Python reads no number of thousands of digits
+    return number is not None and -(2**63) <= int(number[1] + (number[2] or "0")) < 2**63
 
 
 def _first(query: dict[str, list[str]], name: str) -> str:

@@ -141,6 +141,12 @@ SELECTORS = [
     ("fieldSelector=metadata.name=a/b", "", "list", "metadata.name=a/b", ""),
     ("fieldSelector=metadata.name=name1&limit=ten", "", "list", "metadata.name=name1", ""),
     ("fieldSelector=metadata.name=name1&limit=10", "name1", "list", "metadata.name=name1", ""),
+    ("fieldSelector=metadata.name=name1&limit=", "", "list", "metadata.name=name1", ""),
+    (f"fieldSelector=metadata.name=name1&limit={'9' * 5000}", "", "list", "metadata.name=name1", ""),
+    ("fieldSelector=metadata.name=name1&limit=9223372036854775808", "", "list", "metadata.name=name1", ""),
+    ("fieldSelector=metadata.name=b,metadata.name=a", "a", "list", "metadata.name=b,metadata.name=a", ""),
+    (r"fieldSelector=a!b=c,metadata.name=x\\,y=z", "x\\", "list", r"a!b=c,metadata.name=x\\,y=z", ""),
+    ("fieldSelector=metadata.name=a&labelSelector=b%20in%20(c,d),!e", "a", "list", "metadata.name=a", "b in (c,d),!e"),
 ]
 
 REFUSED = [
@@ -172,6 +178,13 @@ REFUSED = [
     "/apis/g/v1/namespaces/dev/packetcaptures/c1/files#fragment",
     "/apis/g/v1/watch",
     "/apis/g/v1/proxy",
+    "/apis/g/v1/pods?a=%zz",
+    "/apis/g/v1/pods?a=%",
+    "/apis/g/v1/pods?a=b;c=d",
+    "/apis/g/v1/pods?a=%ff",
+    "/apis/g/v1/pods?a=é",
+    "/apis/g/v1/pods?watch=fal%C5%BFe",
+    "/apis/g/v1/pods?fieldSelector=metadata.name=a&labelSelector=b>1",
 ]
 
 
