@@ -298,7 +298,8 @@ class Connection(web.RequestHandler):
             return super().handle_error(request, status, exc, message)
         _log.debug("what %s sent is no request: %s", request.remote, exc)
         refusal = bad_request("what was sent can't be read as a request of HTTP/1.1")
-        refused = web.json_response(refusal.to_json(), status=refusal.code)
+        body = json.dumps(refusal.to_json()).encode()
+        refused = web.Response(status=refusal.code, body=body, content_type="application/json")
         refused.force_close()
         return refused
 

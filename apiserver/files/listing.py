@@ -48,7 +48,8 @@ class Listing:
         if listed.unanswered:
             missing = ", ".join(unanswered.node for unanswered in listed.unanswered[:5])
             call.warnings.append(f"{len(listed.unanswered)} nodes did not answer, their files are missing: {missing}")
-        return web.json_response(listed.to_json())
+        body = json.dumps(listed.to_json()).encode()
+        return web.Response(body=body, content_type="application/json")  # as Kubernetes: no charset, JSON is UTF-8
 
     async def files(self, capture: CaptureReference) -> PacketCaptureFileList:
         """The files, sorted by node and name."""

@@ -8,7 +8,7 @@ import os
 import socket
 import ssl
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,8 +167,17 @@ class World:
 
 
 @asynccontextmanager
-async def installed(plane: BareControlPlane, directory: Path) -> AsyncIterator[World]:
-    """Everything set up, ready and available, on a control plane of its own; `directory` takes the program's log."""
+async def installed(
+    plane: BareControlPlane,
+    directory: Path,
+    *,
+    program: Sequence[str | Path] = ("-m", "apiserver"),
+    kubeconfig: Path | None = None,
+) -> AsyncIterator[World]:
+    """Everything set up, ready and available, on a control plane of its own; `directory` takes the program's log.
+
+    `kubeconfig` shows the program another way to kube-apiserver; who it is there stays the same.
+    """
     authority = Authority.create("kubepcap")
     port, health_port = free_ports(2)
     async with AsyncExitStack() as stack:
@@ -197,10 +206,10 @@ async def installed(plane: BareControlPlane, directory: Path) -> AsyncIterator[W
             proved = "node-1" if node == "node-3" else node
             tls = _agent_tls(authority, proved)
             await stack.enter_async_context(listening(agent.application(), host=address, port=8443, tls=tls, grace=0))
-        world.uid = await _create_capture(world, "dev", "web")
-        await _create_capture(world, "dev", "other")
-        await _create_capture(world, "prod", "web")
-        world.process = await _start(world, directory, port, health_port)
+        world.uid = await create_capture(world, "dev", "web")
+        await create_capture(world, "dev", "other")
+        await create_capture(world, "prod", "web")
+        world.process = await _start(world, directory, port, health_port, program, kubeconfig or plane.kubeconfig)
         stack.push_async_callback(_stop, world.process)
         await eventually(world.is_ready)
         await _register(world, authority)
@@ -294,12 +303,14 @@ async def _create_agent_pod(client: Client, node: str, address: str) -> None:
     await client.patch(PODS, name, {"status": status}, namespace="kubepcap", subresource="status")
 
 
-async def _create_capture(world: World, namespace: str, name: str) -> str:
+async def create_capture(
+    world: World, namespace: str, name: str, *, nodes: Iterable[str] = (*ADDRESSES, "node-4")
+) -> str:
     """Create a capture, which the nodes then name. node-4 does too, though it has no agent."""
     capture = _object(PACKETCAPTURES.api_version, PACKETCAPTURES.kind, name, namespace)
     created = await world.client.create(PACKETCAPTURES, capture | {"spec": {"selector": "all()"}}, namespace=namespace)
     uid = str(created["metadata"]["uid"])
-    for node in (*ADDRESSES, "node-4"):
+    for node in nodes:
         seen = {"namespace": namespace, "name": name, "uid": uid, "state": "Capturing"}
         captures = world.seen.setdefault(node, [])
         captures.append(json.dumps(seen))
@@ -317,17 +328,15 @@ def _agent_tls(authority: Authority, node: str) -> ServerTLS:
     return tls
 
 
-async def _start(world: World, directory: Path, port: int, health_port: int) -> asyncio.subprocess.Process:
+async def _start(
+    world: World, directory: Path, port: int, health_port: int, program: Sequence[str | Path], kubeconfig: Path
+) -> asyncio.subprocess.Process:
     """Start the program with the rights of its ServiceAccount."""
-    code, token, err = await world.kubectl("create", "token", "kubepcap-apiserver", "--namespace=kubepcap")
-    assert code == 0, err
-    config = json.loads(world.plane.kubeconfig.read_text())
-    config["users"][0]["user"] = {"token": token.decode().strip()}
-    kubeconfig = directory / "kubeconfig"
-    kubeconfig.write_text(json.dumps(config))
+    own = directory / "kubeconfig"
+    await write_as_service_account(world, "kubepcap-apiserver", kubeconfig, own)
     environment = {
         **os.environ,
-        "KUBECONFIG": str(kubeconfig),
+        "KUBECONFIG": str(own),
         "PORT": str(port),
         "HEALTH_PORT": str(health_port),
         "DRAIN_SECONDS": "1",
@@ -337,8 +346,21 @@ async def _start(world: World, directory: Path, port: int, health_port: int) -> 
     }
     with world.log.open("wb") as log:
         return await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "apiserver", cwd=ROOT, env=environment, stdout=log, stderr=log
+            sys.executable, *program, cwd=ROOT, env=environment, stdout=log, stderr=log
         )
+
+
+async def write_as_service_account(world: World, name: str, kubeconfig: Path, target: Path) -> None:
+    """Write the kubeconfig to `target` with a ServiceAccount of ours in place of its user."""
+    code, token, err = await world.kubectl("create", "token", name, "--namespace=kubepcap")
+    assert code == 0, err
+    _write_with_token(kubeconfig, token.decode().strip(), target)
+
+
+def _write_with_token(kubeconfig: Path, token: str, target: Path) -> None:
+    config = json.loads(kubeconfig.read_text())
+    config["users"][0]["user"] = {"token": token}
+    target.write_text(json.dumps(config))
 
 
 async def _stop(process: asyncio.subprocess.Process) -> None:
