@@ -9,6 +9,13 @@ from hack.clusters.cluster import Cluster
 
 ROOT = Path("/sys/fs/cgroup")
 
+WEIGHTS = {"cpu.shares": "16384", "cpu.weight": "1600"}
+"""What all pods of a cluster weigh together, by the names of v1 and v2.
+
+By default that would be as much as a single thread of the machine's, and kube-apiserver, which runs outside as do the
+tests that load it, would starve them.
+"""
+
 
 def unified() -> bool:
     """Whether the machine has cgroup v2 alone. Clusters were tried on v1, not yet on v2."""
@@ -34,6 +41,9 @@ def make(cluster: Cluster) -> None:
                     "cpuset.mems",
                 ):  # v1 starts a new cpuset empty, and then nothing may join it
                     (directory / setting).write_text((hierarchy / setting).read_text())
+        for setting, weight in WEIGHTS.items():
+            if (path := hierarchy / cluster.cgroup / setting).exists():
+                path.write_text(weight)
 
 
 def remove(cluster: Cluster, *, seconds: float = 30) -> list[Path]:
