@@ -36,6 +36,8 @@ _BACKLOG = 1024
 _MOST_HEADERS = 16384
 _ACCEPT_RETRY_SECONDS = 1.0
 _LAST_SECONDS = 1.0
+# Bytes of an answer that a client does not take yet; asyncio's own limit for TLS is eight times that.
+_WRITE_BUFFER = 1 << 16
 _LONGEST_SWEEP = 1.0
 _VERSIONS = frozenset({HttpVersion10, HttpVersion11})
 _NO_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -243,6 +245,7 @@ class Connection(web.RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self._made = cast("asyncio.Transport", transport)
+        self._made.set_write_buffer_limits(_WRITE_BUFFER)
         # OpenSSL has none that it did not verify.
         self._proven = bool(transport.get_extra_info("peercert"))
         self._wait("head", self._limits.head)

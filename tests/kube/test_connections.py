@@ -61,6 +61,7 @@ class World:
     held: int = 0
     cancelled: int = 0
     streamed: int = 0
+    most_held: int = 0
     broken: list[Exception] = field(default_factory=list)
 
     async def connect(self, tls: ssl.SSLContext | None = None) -> Client:
@@ -95,6 +96,8 @@ class World:
             while self.streamed < response.content_length:
                 await response.write(CHUNK)
                 self.streamed += len(CHUNK)
+                if request.transport is not None:
+                    self.most_held = max(self.most_held, request.transport.get_write_buffer_size())
         except ConnectionError as error:
             self.broken.append(error)
             raise
@@ -329,6 +332,7 @@ async def test_a_client_that_does_not_read_is_cut_off_through_tls(pki: Pki) -> N
         await eventually(lambda: bool(world.broken))
         assert isinstance(world.broken[0].__cause__, TimeoutError)
         assert world.streamed < 20_000_000
+        assert world.most_held < 4 * len(CHUNK)
 
 
 async def test_a_client_that_reads_slowly_gets_all_of_it() -> None:
