@@ -247,6 +247,14 @@ async def test_kubectl_still_means_the_captures_themselves(world: World) -> None
     assert out.split() == [b"packetcapture.kubepcap.io/other", b"packetcapture.kubepcap.io/web"]
 
 
+async def test_kubectl_explains_the_captures_themselves(world: World) -> None:
+    code, out, err = await world.kubectl("explain", "packetcaptures.spec.filters")
+
+    assert code == 0, err
+    assert out.split()[:2] == [b"GROUP:", b"kubepcap.io"]
+    assert b"  protocol\t" in out
+
+
 async def test_openapi_is_merged_into_that_of_kube_apiserver(world: World) -> None:
     path = f"{GROUP}/namespaces/{{namespace}}/packetcaptures/{{name}}/files"
 
