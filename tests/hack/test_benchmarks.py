@@ -3,6 +3,7 @@
 Nothing here is timed, and the runs are as small as they can be.
 """
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -15,11 +16,15 @@ import pytest
 from agent.capturer.protocol import State
 from api.capturenode import NodeCapture
 from api.packetcapture import PacketCaptureStatus, Phase
-from hack.benchmarks import capture, engines, process, scale
+from hack.benchmarks import api, capture, engines, process, scale
+from hack.benchmarks.caller import Calls, call
 from hack.benchmarks.machine import Machine
 from hack.benchmarks.outcome import Cell, Goal, Outcome, Spread, table
 from hack.benchmarks.wire import Counted, Sent, count, wire
 from hack.clusters.failure import Failure
+from hack.clusters.pki import Authority
+from kube.certificates import KeyPair, ServerTLS
+from kube.serve import health, listening
 from tests.agent.world import Capturer
 from tests.faults import scenario
 from tests.faults.scenario import Round, Victim
@@ -356,3 +361,40 @@ def test_a_round_is_right_when_only_what_the_kill_may_lose_is_lost(
 def test_traffic_goes_on_longer_than_any_kill_may_take_packets_away() -> None:
     assert scenario.BEFORE_SECONDS[0] > scenario.FLUSH_SECONDS + scenario.MARGIN_SECONDS
     assert scenario.AFTER_SECONDS > scenario.BACK_SECONDS + 2 * scenario.MARGIN_SECONDS
+
+
+async def test_every_call_of_an_api_is_timed_and_its_answer_counted(tmp_path: Path) -> None:
+    authority = Authority.create("bench")
+    served = authority.issue("server", hosts=["api.test"])
+    authority.issue("client").write(tmp_path, "client")
+    tls = ServerTLS(client_certificates="required")
+    tls.use(key_pair=KeyPair.of(certificate=served.certificate, key=served.key), client_ca=authority.certificate)
+    async with listening(health({}), host="127.0.0.1", port=0, tls=tls) as port:
+        calls = Calls(
+            address="127.0.0.1",
+            port=port,
+            name="api.test",
+            ca=authority.certificate.decode(),
+            certificate=tmp_path / "client.crt",
+            key=tmp_path / "client.key",
+            path="/healthz",
+            connections=2,
+            count=10,
+        )
+        called = await asyncio.to_thread(call, Calls.parse(calls.to_json()))
+        missed = await asyncio.to_thread(call, replace(calls, path="/none"))
+    assert (len(called.times), called.codes) == (10, {"200": 10})
+    assert missed.codes == {"404": 10}
+
+
+def test_a_percentile_is_one_of_the_values() -> None:
+    values = [float(value) for value in range(200, 0, -1)]
+    assert [api.percentile(values, percent) for percent in (50, 99, 100)] == [100, 198, 200]
+    assert api.percentile([7.0], 99) == 7
+
+
+@pytest.mark.parametrize(("median", "reached"), [(0.0009, True), (0.0011, False)])
+def test_the_goal_for_authentication_and_authorization_is_of_the_median(median: float, reached: bool) -> None:
+    goal = api.added([0.0001, median, 0.9])
+    assert goal.reached is reached
+    assert f"{1000 * median:.3f} ms" in goal.measured
