@@ -49,13 +49,13 @@ async def lead(
 
     Raises `LeadershipLostError`, or what `work` raises, in an `ExceptionGroup`.
     """
-    lease = Lease(client, namespace=namespace, name=name, identity=identity, seconds=timing.lease)
+    clock = asyncio.get_running_loop().time
+    lease = Lease(client, namespace=namespace, name=name, identity=identity, seconds=timing.lease, clock=clock)
     try:
-        while not await lease.hold():  # noqa: ASYNC110 - who holds it is written down in kube-apiserver
-            await asyncio.sleep(timing.retry)
+        held_since = await _won(lease, timing)
         _log.info("%s leads", identity)
         async with asyncio.TaskGroup() as tasks:
-            renewing = tasks.create_task(_renew(lease, timing), name="renewing the lease")
+            renewing = tasks.create_task(_renew(lease, timing, held_since=held_since), name="renewing the lease")
             await work()
             renewing.cancel()
     finally:
@@ -73,15 +73,26 @@ async def stand(attempt: Callable[[], Coroutine[Any, Any, None]], *, identity: s
             return
 
 
-async def _renew(lease: "Lease", timing: Timing) -> NoReturn:
+async def _won(lease: "Lease", timing: Timing) -> float:
+    """Try until the lease is held; returns the loop's time from before it was written, as others count from then."""
+    loop = asyncio.get_running_loop()
+    while True:
+        began = loop.time()
+        if await lease.hold():
+            return began
+        await asyncio.sleep(timing.retry)
+
+
+async def _renew(lease: "Lease", timing: Timing, *, held_since: float) -> NoReturn:
     """Renew until that fails for too long; a request that hangs is cut off as well."""
     loop = asyncio.get_running_loop()
     try:
-        async with asyncio.timeout(timing.renew) as limit:
+        async with asyncio.timeout_at(held_since + timing.renew) as limit:
             while True:
                 await asyncio.sleep(timing.retry)
+                began = loop.time()
                 if await lease.hold():
-                    limit.reschedule(loop.time() + timing.renew)
+                    limit.reschedule(began + timing.renew)
     except TimeoutError:
         raise LeadershipLostError(f"the lease could not be renewed for {timing.renew:.0f} s") from None
 

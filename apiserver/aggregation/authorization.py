@@ -65,7 +65,7 @@ class Authorizer:
             clock=clock,
         )
         self._trouble: str | None = "no SubjectAccessReview was answered yet"
-        self._answered = -_PROBE_INTERVAL
+        self._answered = 0.0
 
     async def run(self) -> NoReturn:
         """While no request has a review answered, try one now and then, so that readiness tells how it is."""

@@ -54,14 +54,15 @@ class Permissions:
         self._duration = duration
 
     @asynccontextmanager
-    async def upheld(self, authenticated: Authenticated, info: RequestInfo) -> AsyncIterator[None]:
+    async def upheld(self, authenticated: Authenticated, info: RequestInfo, *, since: float) -> AsyncIterator[None]:
         """Run the block, which has just been allowed, while it stays so.
 
+        `since` is when that was begun to be asked, in the loop's time: an answer may have been old when the last came.
         Raises `StatusError` in its place when it does not: 401 and 403 as for a new request, 500 when nothing could be
         told for too long.
         """
         failure: Exception | None = None
-        until = asyncio.timeout(self._duration)
+        until = asyncio.timeout_at(since + self._duration)
         permission = _Permission(authenticated, info, until)
         try:
             async with until, asyncio.TaskGroup() as tasks:

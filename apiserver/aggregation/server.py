@@ -234,7 +234,7 @@ class Server:
         labels = exchange.reported(request.method)
         with self._counted(call.user, labels), self._metrics.long_running(request.method, labels):
             limit.reschedule(None)
-            async with self._permissions.upheld(authenticated, info):
+            async with self._permissions.upheld(authenticated, info, since=exchange.began):
                 return await endpoint.handle(call)
 
     @contextmanager

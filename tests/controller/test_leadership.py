@@ -1,14 +1,16 @@
 """Who holds the lease, whatever the replicas' clocks say."""
 
+import asyncio
 from datetime import UTC, datetime
 from typing import Any, cast
 
 import pytest
 
 from controller import leadership
-from controller.leadership import LeadershipLostError, Lease
+from controller.leadership import LeadershipLostError, Lease, lead, stand
 from kube.client import Client, Json, Resource
 from kube.status import StatusError
+from tests.ahead import run
 
 SECONDS = 15.0
 
@@ -153,3 +155,55 @@ async def test_of_two_that_write_at_once_one_holds(cluster: Cluster, clock: Cloc
     cluster.get = fresh  # type: ignore[method-assign]
     assert not await second.hold()
     assert await first.hold()
+
+
+class Fading:
+    """The same Lease for one replica, whose requests fail after its first renewal: that was answered late."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._renewals = 0
+
+    async def get(self, resource: Resource, name: str, **options: Any) -> Json:
+        if self._renewals:
+            raise StatusError(503, "unavailable")
+        return await self._cluster.get(resource, name, **options)
+
+    async def create(self, resource: Resource, body: Json, **options: Any) -> Json:
+        return await self._cluster.create(resource, body, **options)
+
+    async def replace(self, resource: Resource, name: str, body: Json, **options: Any) -> Json:
+        answer = await self._cluster.replace(resource, name, body, **options)
+        self._renewals += 1
+        await asyncio.sleep(7.5)
+        return answer
+
+
+def test_who_could_not_renew_stops_before_another_begins_however_late_the_last_answer_came() -> None:
+    cluster = Cluster()
+    story: list[str] = []
+
+    async def compete(name: str, client: Cluster | Fading) -> None:
+        async def work() -> None:
+            story.append(f"{name} begins")
+            try:
+                await asyncio.Event().wait()
+            finally:
+                story.append(f"{name} stops")
+
+        async def attempt() -> None:
+            await lead(cast("Client", client), namespace="kubepcap", name="lease", identity=name, work=work)
+
+        await stand(attempt, identity=name)
+
+    async def main() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            first = tasks.create_task(compete("first", Fading(cluster)), name="first")
+            await asyncio.sleep(1)
+            second = tasks.create_task(compete("second", cluster), name="second")
+            await asyncio.sleep(60)
+            first.cancel()
+            second.cancel()
+
+    run(main())
+    assert story[:3] == ["first begins", "first stops", "second begins"]

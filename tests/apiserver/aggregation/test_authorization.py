@@ -10,7 +10,7 @@ from apiserver.aggregation.requestinfo import parse
 from apiserver.aggregation.review import ReviewError
 from kube.client import Client, Json
 from kube.status import StatusError
-from tests.apiserver.ahead import run
+from tests.ahead import run
 
 ALICE = User(name="alice", uid="42", groups=("devs", "system:authenticated"), extra={"scopes": ("a", "b")})
 FILES = "/apis/subresources.kubepcap.io/v1/namespaces/dev/packetcaptures/x/files"

@@ -15,7 +15,7 @@ from apiserver.aggregation.permission import REVOKED_WITHIN, Permissions
 from apiserver.aggregation.requestinfo import parse
 from kube.client import Client, Json
 from kube.status import StatusError
-from tests.apiserver.ahead import run
+from tests.ahead import run
 
 ALICE = Authenticated(user=User(name="alice"))
 FILE = parse("GET", "/apis/subresources.kubepcap.io/v1/namespaces/dev/packetcaptures/x/files/n/f.pcap")
@@ -80,7 +80,7 @@ async def ended(client: Client, authenticator: Authenticator | None = None) -> t
     upheld, authorizer = permissions(client, authenticator)
     await authorizer.authorize(ALICE.user, FILE)
     with pytest.raises(StatusError) as raised:
-        async with upheld.upheld(ALICE, FILE):
+        async with upheld.upheld(ALICE, FILE, since=now()):
             await asyncio.sleep(HOUR)
     assert len(asyncio.all_tasks()) == 1, "nothing is left behind"
     return round(now(), 3), raised.value.code
@@ -92,7 +92,7 @@ def test_what_stays_permitted_goes_on() -> None:
         upheld, authorizer = permissions(client)
         await authorizer.authorize(ALICE.user, FILE)
 
-        async with upheld.upheld(ALICE, FILE):
+        async with upheld.upheld(ALICE, FILE, since=now()):
             await asyncio.sleep(HOUR)
 
         assert client.asked == pytest.approx(HOUR / 10, abs=2), "what is asked for, is kept for ten seconds"
@@ -121,7 +121,7 @@ def test_what_was_revoked_ends_within_half_a_minute(revoked: float, seconds: flo
         except StatusError:
             return  # it never began
         with pytest.raises(StatusError):
-            async with upheld.upheld(ALICE, FILE):
+            async with upheld.upheld(ALICE, FILE, since=now()):
                 await asyncio.sleep(HOUR)
         assert now() <= revoked_at + REVOKED_WITHIN + ROUNDING
 
@@ -138,7 +138,7 @@ def test_a_request_with_others_of_its_kind_ends_within_half_a_minute_too() -> No
             await asyncio.sleep(after)
             await authorizer.authorize(ALICE.user, FILE)
             with pytest.raises(StatusError):
-                async with upheld.upheld(ALICE, FILE):
+                async with upheld.upheld(ALICE, FILE, since=now()):
                     await asyncio.sleep(HOUR)
             return now()
 
@@ -187,7 +187,7 @@ def test_a_short_failure_of_kube_apiserver_ends_nothing() -> None:
     async def main() -> None:
         upheld, authorizer = permissions(Restarting.__new__(Restarting))
         await authorizer.authorize(ALICE.user, FILE)
-        async with upheld.upheld(ALICE, FILE):
+        async with upheld.upheld(ALICE, FILE, since=now()):
             await asyncio.sleep(HOUR)
 
     run(main())
@@ -209,16 +209,30 @@ def test_a_token_of_which_nothing_can_be_told_ends_its_request_later() -> None:
     assert run(ended(KubeAPIServer(lambda: True), unknown)) == (1035, 500)
 
 
+def test_a_right_that_took_long_to_be_told_lasts_the_shorter() -> None:
+    async def main() -> None:
+        began = now()
+        await asyncio.sleep(15)
+        upheld, _ = permissions(KubeAPIServer(lambda: True, silent_from=0))
+        with pytest.raises(StatusError) as raised:
+            async with upheld.upheld(ALICE, FILE, since=began):
+                await asyncio.sleep(HOUR)
+        assert raised.value.code == 500
+        assert now() - began == pytest.approx(20)
+
+    run(main())
+
+
 def test_a_failure_of_the_request_is_passed_on_as_it_is() -> None:
     async def main() -> None:
         upheld, _ = permissions(KubeAPIServer(lambda: True))
         failure = LookupError("of its own")
         with pytest.raises(LookupError) as raised:
-            async with upheld.upheld(ALICE, FILE):
+            async with upheld.upheld(ALICE, FILE, since=now()):
                 raise failure
         assert raised.value is failure
         with pytest.raises(TimeoutError):
-            async with upheld.upheld(ALICE, FILE), asyncio.timeout(1):
+            async with upheld.upheld(ALICE, FILE, since=now()), asyncio.timeout(1):
                 await asyncio.sleep(2)
 
     run(main())
@@ -229,7 +243,7 @@ def test_a_request_that_is_cancelled_is_cancelled() -> None:
         upheld, _ = permissions(KubeAPIServer(lambda: True))
 
         async def request() -> None:
-            async with upheld.upheld(ALICE, FILE):
+            async with upheld.upheld(ALICE, FILE, since=now()):
                 await asyncio.sleep(HOUR)
 
         task = asyncio.create_task(request())
