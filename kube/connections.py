@@ -21,14 +21,15 @@ from aiohttp import web
 from aiohttp.http import HttpVersion10, HttpVersion11, RawRequestMessage
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
+from yarl import URL
 
 from kube.certificates import ServerTLS
 from kube.status import StatusError, bad_request
 
 _log = logging.getLogger(__name__)
 
-Loss = Literal["connections", "handshake", "head", "idle", "size"]
-"""What a connection was closed for: which of the limits it met, or a TLS handshake that failed."""
+Loss = Literal["connections", "handshake", "head", "idle", "malformed", "size"]
+"""What a connection was closed for: which of the limits it met, a TLS handshake that failed, or what is no request."""
 
 _Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
@@ -221,7 +222,7 @@ class Connection(web.RequestHandler):
         self._busy = False
         self._proven = False
         self._refused = False
-        self.understood = True
+        self.refusal: StatusError | None = None
         self._received = 0
         self._body: StreamReader = EMPTY_PAYLOAD
         self.waits_for: Literal["head", "idle"] = "head"
@@ -248,6 +249,9 @@ class Connection(web.RequestHandler):
         self._made.set_write_buffer_limits(_WRITE_BUFFER)
         # OpenSSL has none that it did not verify.
         self._proven = bool(transport.get_extra_info("peercert"))
+        assert self._task_handler is not None  # noqa: S101 - it has been started just now
+        # Whatever ends the task that answers, also before a request's own has begun, ends the request.
+        self._task_handler.add_done_callback(lambda _: self.end())
         self._wait("head", self._limits.head)
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -265,9 +269,9 @@ class Connection(web.RequestHandler):
         if self._received > self._allowed and not self._messages:
             self._refuse()
 
-    def begin(self, body: StreamReader, *, understood: bool) -> None:
-        """A request's head is complete; what version of HTTP it is in may not be spoken here."""
-        self.understood = understood
+    def begin(self, body: StreamReader, *, refusal: StatusError | None) -> None:
+        """A request's head is complete, and with a `refusal` that is all that comes of it."""
+        self.refusal = refusal
         self._body = body
         self._connections.began()
         self._busy = True
@@ -282,6 +286,10 @@ class Connection(web.RequestHandler):
         self._busy = False
         self._received = 0
         self._wait("idle", self._limits.idle)
+
+    def lost(self, loss: Loss) -> None:
+        """Count what it is closed for."""
+        self._connections.on_loss(loss)
 
     def abort(self) -> None:
         """Close it at once, with whatever is still to be sent."""
@@ -300,11 +308,8 @@ class Connection(web.RequestHandler):
         if not isinstance(exc, HttpProcessingError):
             return super().handle_error(request, status, exc, message)
         _log.debug("what %s sent is no request: %s", request.remote, exc)
-        refusal = bad_request("what was sent can't be read as a request of HTTP/1.1")
-        body = json.dumps(refusal.to_json()).encode()
-        refused = web.Response(status=refusal.code, body=body, content_type="application/json")
-        refused.force_close()
-        return refused
+        self.lost("malformed")
+        return _refused(_NO_REQUEST)
 
     def _wait(self, what: Literal["head", "idle"], seconds: float) -> None:
         self.waits_for = what
@@ -313,7 +318,7 @@ class Connection(web.RequestHandler):
 
     def _refuse(self) -> None:
         self._refused = True
-        self._connections.on_loss("size")
+        self.lost("size")
         if not self._busy and self._body.is_eof() and self._made is not None:
             self._made.write(_HEAD_TOO_LARGE)
         self.force_close()
@@ -333,10 +338,18 @@ class _Server(web.Server):
 
 def _beginning(make: Callable[..., web.BaseRequest]) -> Callable[..., web.BaseRequest]:
     def begin(message: RawRequestMessage, body: StreamReader, connection: Connection, *more: object) -> web.BaseRequest:
-        connection.begin(body, understood=message.version in _VERSIONS)
-        if not connection.understood:  # aiohttp would answer in whatever version it was asked in
-            message = message._replace(version=HttpVersion11)
-        return make(message, body, connection, *more)
+        refusal = None
+        if message.version not in _VERSIONS:  # aiohttp would answer in whatever version it was asked in
+            refusal, message = _OTHER_VERSION, message._replace(version=HttpVersion11)
+        try:
+            request = make(message, body, connection, *more)
+        except ValueError as error:  # of the host in an absolute URL, which is read here alone
+            _log.debug("what was sent is no request: %s", error)
+            connection.lost("malformed")
+            refusal = _NO_REQUEST
+            request = make(message._replace(path="/", url=URL("/")), body, connection, *more)
+        connection.begin(body, refusal=refusal)
+        return request
 
     return begin
 
@@ -345,16 +358,16 @@ def _ending(handler: _Handler) -> _Handler:
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
         connection = cast("Connection", request.protocol)
         try:
-            return await handler(request) if connection.understood else _refuse_version()
+            return await handler(request) if connection.refusal is None else _refused(connection.refusal)
         finally:
             connection.end()
 
     return handle
 
 
-def _refuse_version() -> web.Response:
-    refusal = StatusError(505, "HTTP/1.1 and HTTP/1.0 are what is spoken here", reason="")
-    refused = web.json_response(refusal.to_json(), status=refusal.code)
+def _refused(refusal: StatusError) -> web.Response:
+    body = json.dumps(refusal.to_json()).encode()
+    refused = web.Response(status=refusal.code, body=body, content_type="application/json")
     refused.force_close()
     return refused
 
@@ -383,3 +396,5 @@ def _raw_answer(refusal: StatusError) -> bytes:
 
 
 _HEAD_TOO_LARGE = _raw_answer(StatusError(431, "the request's line and headers are too large", reason=""))
+_OTHER_VERSION = StatusError(505, "HTTP/1.1 and HTTP/1.0 are what is spoken here", reason="")
+_NO_REQUEST = bad_request("what was sent can't be read as a request of HTTP/1.1")

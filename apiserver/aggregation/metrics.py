@@ -115,7 +115,7 @@ class Metrics:
         )
         self._lost = self._counter(
             "aggregation_lost_connections_total",
-            "Connections closed since they, or all together, were over a limit, which is the reason.",
+            "Connections closed since they, or all together, were over a limit, or sent what is no request.",
             ("reason",),
         )
         for kind in ("readOnly", "mutating"):
@@ -177,7 +177,7 @@ class Metrics:
         self._access_review_durations.labels(code).observe(seconds)
 
     def lost(self, loss: Loss) -> None:
-        """A connection was closed for a limit."""
+        """A connection was closed for a limit, or for what it sent."""
         if loss == "handshake":
             self._handshake_errors.inc()
         else:

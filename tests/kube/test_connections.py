@@ -219,6 +219,27 @@ async def test_what_is_no_request_is_refused_without_a_traceback(sent: bytes, ca
     assert answer.startswith(b"HTTP/1.0 400 Bad Request\r\n")
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["reason"] == "BadRequest"
     assert caplog.records == []
+    assert world.losses == {"malformed": 1}
+
+
+@pytest.mark.parametrize("host", [b"xn--a", b"[::1%", b"\xff", b"x:99999999"])
+async def test_a_host_that_is_none_is_refused_and_keeps_no_connection(host: bytes) -> None:
+    async with serving(Limits(connections=2)) as world:
+        for number in range(1, 4):
+            client = await world.connect()
+            client.writer.write(b"GET http://" + host + b"/ HTTP/1.1\r\nHost: x\r\n\r\n")
+            answer = await client.rest()
+            assert answer.startswith((b"HTTP/1.1 400 ", b"HTTP/1.0 400 "))
+            assert json.loads(answer.partition(b"\r\n\r\n")[2])["code"] == 400
+            assert world.losses == {"malformed": number}
+        assert await world.is_served()
+
+
+async def test_what_was_refused_is_not_waited_for_at_the_end() -> None:
+    async with asyncio.timeout(PATIENCE), serving(Limits(), grace=PATIENCE * 100) as world:
+        client = await world.connect()
+        client.writer.write(b"GET http://xn--a/ HTTP/1.1\r\nHost: x\r\n\r\n")
+        await client.rest()
 
 
 @pytest.mark.parametrize("version", [b"HTTP/2.0", b"HTTP/0.9"])
