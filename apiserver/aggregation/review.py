@@ -115,7 +115,12 @@ def is_transient(error: StatusError) -> bool:
         return False
     if error.__cause__ is not None:
         return _was_reset(error.__cause__)
-    return error.reason in ("InternalError", "Timeout", "TooManyRequests", "ServerTimeout") or bool(error.retry_after)
+    if error.retry_after:
+        return True
+    if error.reason == "ServerTimeout":  # which says in its details when to come back, be it at once
+        return error.details is not None
+    by_code = not error.reason and error.code in (429, 500, 504)
+    return by_code or error.reason in ("InternalError", "Timeout", "TooManyRequests")
 
 
 def _was_reset(cause: BaseException) -> bool:

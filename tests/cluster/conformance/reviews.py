@@ -13,28 +13,25 @@ from yarl import URL
 from kube.certificates import ServerTLS
 from kube.client import SUBJECTACCESSREVIEWS, Json
 from kube.serve import listening
+from kube.status import StatusError
 
 UNREVIEWABLE = "unreviewable"
 """Users whose name begins like this have their reviews refused, so that nobody knows what they may do."""
 
-_REFUSAL = {
-    "kind": "Status",
-    "apiVersion": "v1",
-    "status": "Failure",
-    "message": "no review for this user",
-    "reason": "Forbidden",
-    "code": 403,
-}
 _OF_ONE_CONNECTION = (hdrs.HOST, hdrs.CONNECTION, hdrs.TRANSFER_ENCODING, hdrs.CONTENT_LENGTH)
 
 
 @dataclass
 class Reviews:
-    """A reverse proxy before kube-apiserver that remembers each SubjectAccessReview's `spec`."""
+    """A reverse proxy before kube-apiserver that remembers each SubjectAccessReview's `spec`.
+
+    `refusals` are the codes and reasons with which the next reviews of a user are refused.
+    """
 
     upstream: URL
     session: aiohttp.ClientSession
     specs: list[Json] = field(default_factory=list)
+    refusals: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
 
     @classmethod
     @asynccontextmanager
@@ -59,7 +56,9 @@ class Reviews:
             spec = (await request.json())["spec"]
             self.specs.append(spec)
             if spec["user"].startswith(UNREVIEWABLE):
-                return web.json_response(_REFUSAL, status=403)
+                return _refused(403, "Forbidden")
+            if refusals := self.refusals.get(spec["user"]):
+                return _refused(*refusals.pop())
         headers = [(name, value) for name, value in request.headers.items() if name not in _OF_ONE_CONNECTION]
         url = self.upstream.join(URL(request.raw_path, encoded=True))
         async with self.session.request(request.method, url, headers=headers, data=body) as answer:
@@ -72,3 +71,8 @@ class Reviews:
                 async for part in answer.content.iter_any():
                     await response.write(part)
         return response
+
+
+def _refused(code: int, reason: str) -> web.Response:
+    status = StatusError(code, "no review for this user", reason=reason)
+    return web.json_response(status.to_json(), status=code)

@@ -4,6 +4,7 @@ Compared are the status code, the `reason` of a `metav1.Status`, the content typ
 review. Where they differ, the table says how and why, and complains when they no longer do.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -294,6 +295,41 @@ def as_reviewed_by_ours(reviews: list[Json], naming: str) -> list[Json]:
     The Go server then overlooks it; ours does not.
     """
     return [review | {"uid": "u-1"} for review in reviews] if naming == "uid" else reviews
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "times"),
+    [
+        (500, "InternalError", 1),
+        (500, "ServerTimeout", 1),
+        (504, "Timeout", 1),
+        (429, "TooManyRequests", 1),
+        (503, "ServiceUnavailable", 1),
+        (409, "Conflict", 1),
+        (500, "", 1),
+        (504, "", 1),
+        (403, "", 1),
+        (500, "InternalError", 10),  # it takes four seconds until both give up
+    ],
+)
+async def test_a_refused_review_is_asked_for_again_as_often_as_kubernetes_would(
+    servers: Servers, code: int, reason: str, times: int
+) -> None:
+    user = servers.new_user("allowed")
+    for side in servers.sides:
+        side.reviews.refusals[user] = [(code, reason)] * times
+
+    ours, theirs = await asyncio.gather(
+        *(
+            servers.direct(side, OBJECT, headers=[("X-Remote-User", user)], certificate=servers.front_proxy)
+            for side in servers.sides
+        )
+    )
+
+    assert servers.ours.reviewed(user) == servers.theirs.reviewed(user)
+    assert (ours.code, ours.gives) == (theirs.code, theirs.gives)
+    if not ours.gives:
+        assert str(ours) == FAILED.ours
 
 
 @pytest.mark.parametrize(
