@@ -181,13 +181,17 @@ class ServerTLS:
         }[client_certificates]
         self._key_pair: KeyPair | None = None
         self._client_ca: bytes | None = None
+        self._refusing = self._new_context()
         self._current: ssl.SSLContext | None = None
-        self.context = self._new_context()
-        self.context.sni_callback = self._exchange
 
     @property
     def is_usable(self) -> bool:
         return self._current is not None
+
+    @property
+    def context(self) -> ssl.SSLContext:
+        """The context for a connection that begins now; to be asked for anew for each, since sessions live in it."""
+        return self._current or self._refusing
 
     def use(self, *, key_pair: KeyPair | None = None, client_ca: bytes | None = None) -> None:
         """Serve new connections with this certificate and trust these CAs (PEM); what is None stays as it was.
@@ -210,16 +214,11 @@ class ServerTLS:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.verify_mode = self._verify_mode
-        # A resumed session would keep a client whose CA is no longer trusted.
+        # In a session that is resumed no certificate is verified. Without tickets there are none of TLS 1.3; those of
+        # TLS 1.2 are kept in the context besides, which Python can't forbid. They end with it, at each change of trust.
         context.options |= ssl.OP_NO_TICKET
         context.num_tickets = 0
         return context
-
-    def _exchange(self, connection: ssl.SSLObject | ssl.SSLSocket, _name: str | None, _: ssl.SSLContext) -> int | None:
-        if self._current is None:
-            return ssl.ALERT_DESCRIPTION_INTERNAL_ERROR
-        connection.context = self._current
-        return None
 
 
 def client_context(*, ca: bytes, key_pair: KeyPair | None = None) -> ssl.SSLContext:

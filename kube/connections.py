@@ -78,7 +78,7 @@ class Connections:
     ) -> None:
         """`server` is that of an `aiohttp.web.AppRunner`, which makes requests of what comes."""
         self.limits = limits
-        self._tls = tls.context if tls else None
+        self._tls = tls
         self.on_loss = on_loss
         self._loop = asyncio.get_running_loop()
         self._server = _Server(
@@ -190,10 +190,11 @@ class Connections:
         return True
 
     async def _make(self, connection: "Connection", accepted: socket.socket) -> None:
+        context = self._tls.context if self._tls else None
         handshake = self.limits.handshake if self._tls else None
         try:
             await self._loop.connect_accepted_socket(
-                lambda: connection, accepted, ssl=self._tls, ssl_handshake_timeout=handshake
+                lambda: connection, accepted, ssl=context, ssl_handshake_timeout=handshake
             )
         except OSError as error:
             self.on_loss("handshake")

@@ -135,7 +135,10 @@ class FrontProxy:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A client certificate that was verified when its connection was made, and the CAs (DER) that could do so then."""
+    """A client certificate that was verified when its connection was made, and the CAs (DER) that could do so then.
+
+    Of a session that was resumed none are known: it was verified some time before, and not again.
+    """
 
     certificate: x509.Certificate
     trusted_then: frozenset[bytes]
@@ -270,7 +273,7 @@ class Authenticator:
         now = self._now()
         trusted = frozenset(
             authority
-            for authority in tls.context.get_ca_certs(binary_form=True)
+            for authority in (() if tls.session_reused else tls.context.get_ca_certs(binary_form=True))
             if _is_valid(x509.load_der_x509_certificate(authority), now)
         )
         peer = Peer(x509.load_der_x509_certificate(certificate), trusted)

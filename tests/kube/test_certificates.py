@@ -1,5 +1,6 @@
 """TLS whose certificate and trust change while it serves: real handshakes on loopback."""
 
+import asyncio
 import base64
 import itertools
 import ssl
@@ -20,6 +21,7 @@ from hack.clusters.pki import Authority
 from kube.certificates import Identity, KeyPair, ServerTLS, client_context, read_bundle, signing_request
 from kube.client import Client, Json, Resource
 from kube.serve import listening
+from tests.resumption import RefusedError, Resuming
 
 NAME = "node-a.agent.kubepcap"
 START = datetime(2030, 1, 1, tzinfo=UTC)
@@ -129,6 +131,19 @@ async def test_trust_is_exchanged_for_new_connections(
         tls.use(client_ca=Authority.create("other").certificate)
         with pytest.raises((aiohttp.ClientError, ConnectionError)):
             await ask(session, port, context)
+
+
+async def test_a_session_does_not_outlive_the_trust_under_which_it_was_made(
+    servers: Authority, clients: Authority
+) -> None:
+    tls = ServerTLS(client_certificates="optional")
+    tls.use(key_pair=key_pair(servers, "s", [NAME]), client_ca=clients.certificate)
+    async with listening(app(), port=0, host="127.0.0.1", tls=tls) as port:
+        client = Resuming(port, NAME, servers.certificate, key_pair(clients, "c"))
+        assert await asyncio.to_thread(client.ask) == (200, b'"c"')
+        tls.use(client_ca=Authority.create("other").certificate)
+        with pytest.raises(RefusedError):
+            await asyncio.to_thread(client.ask)
 
 
 async def test_the_client_checks_the_servers_name(session: aiohttp.ClientSession, servers: Authority) -> None:

@@ -1,10 +1,12 @@
 import asyncio
 import json
-from dataclasses import replace
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from aiohttp import web
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -16,8 +18,13 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from apiserver.aggregation.authentication import Authenticator, FrontProxy, Peer, User, bearer_token, reviewed_user
 from apiserver.aggregation.review import ReviewError
-from kube.client import Client, Json
+from controller.authority import CertificateAuthority
+from hack.clusters.pki import Authority as PairAuthority
+from kube.certificates import KeyPair, ServerTLS
+from kube.client import Client, Json, ObjectList, WatchEvent
+from kube.serve import listening
 from kube.status import StatusError
+from tests.resumption import RefusedError, Resuming
 
 NOW = datetime(2026, 12, 1, tzinfo=UTC)
 
@@ -261,6 +268,109 @@ def test_a_user_weighs_what_their_names_take() -> None:
     heavy = User(name="alice", groups=tuple(f"group-{n}" for n in range(10_000)), extra={"k": ("v" * 1000,)})
 
     assert heavy.weight - light.weight > 100_000
+
+
+class Publishing(Client):
+    """kube-apiserver, as far as it publishes the ConfigMap about front proxies."""
+
+    def __init__(self) -> None:
+        self._published: asyncio.Queue[Json] = asyncio.Queue()
+        self._version = 0
+
+    def publish(self, client_ca: str) -> None:
+        self._version += 1
+        metadata = {
+            "namespace": "kube-system",
+            "name": "extension-apiserver-authentication",
+            "resourceVersion": str(self._version),
+        }
+        data = {"requestheader-client-ca-file": client_ca, "requestheader-username-headers": '["X-Remote-User"]'}
+        self._published.put_nowait({"metadata": metadata, "data": data})
+
+    async def pages(self, *_: Any, **__: Any) -> AsyncIterator[ObjectList]:
+        yield ObjectList([], "0")
+
+    async def watch(self, *_: Any, **__: Any) -> AsyncIterator[WatchEvent]:
+        while True:
+            event = WatchEvent("MODIFIED", await self._published.get())
+            yield event
+            self._published.task_done()
+
+    async def followed(self) -> None:
+        """Wait until all that was published has been read."""
+        await self._published.join()
+
+
+def key_pair(authority: PairAuthority, name: str, *hosts: str, years: int = 1) -> KeyPair:
+    pair = authority.issue(name, hosts=hosts, life=timedelta(days=365 * years))
+    return KeyPair.of(certificate=pair.certificate, key=pair.key)
+
+
+@dataclass
+class World:
+    """Our authenticator behind real TLS, with its own clock; it believes the front proxies' CA (for one year)."""
+
+    servers: PairAuthority = field(default_factory=lambda: PairAuthority.create("servers"))
+    front_proxies: PairAuthority = field(default_factory=lambda: PairAuthority.create("front-proxies"))
+    cluster: Publishing = field(default_factory=Publishing)
+    moment: datetime = field(default_factory=lambda: datetime.now(UTC))
+    port: int = 0
+
+    async def whoami(self, request: web.Request) -> web.Response:
+        try:
+            named = await self.authenticator.authenticate(request.headers, request.transport)
+        except StatusError as error:
+            return web.Response(status=error.code)
+        return web.Response(text=named.user.name)
+
+    def __post_init__(self) -> None:
+        tls = self.tls = ServerTLS(client_certificates="optional")
+        tls.use(key_pair=key_pair(self.servers, "us", "localhost"))
+        self.authenticator = Authenticator(
+            self.cluster, on_trust=lambda ca: tls.use(client_ca=ca), now=lambda: self.moment
+        )
+
+    def front_proxy(self) -> Resuming:
+        """With a certificate that outlives its CA."""
+        pair = key_pair(self.front_proxies, "front-proxy-client", years=3)
+        return Resuming(self.port, "localhost", self.servers.certificate, pair)
+
+    async def trust(self, client_ca: bytes) -> None:
+        self.cluster.publish(client_ca.decode())
+        await self.cluster.followed()
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    world, app = World(), web.Application()
+    app.router.add_get("/", world.whoami)
+    following = asyncio.create_task(world.authenticator.run(), name="following the ConfigMap")
+    async with listening(app, port=0, host="127.0.0.1", tls=world.tls, grace=0) as world.port:
+        await world.trust(world.front_proxies.certificate)
+        yield world
+    following.cancel()
+
+
+async def test_a_session_does_not_outlive_the_withdrawal_of_the_ca(world: World) -> None:
+    client = world.front_proxy()
+    assert await asyncio.to_thread(client.ask, "/", dict([ALICE])) == (200, b"alice")
+    await world.trust(PairAuthority.create("another").certificate)
+    with pytest.raises(RefusedError):
+        await asyncio.to_thread(client.ask, "/", dict([ALICE]))
+
+
+@pytest.mark.parametrize(("days", "code"), [(0, 200), (500, 401)])
+async def test_a_session_that_is_resumed_holds_as_long_as_the_ca_that_issued_its_certificate(
+    world: World, days: int, code: int
+) -> None:
+    """OpenSSL verifies nothing then, and another CA of those that were trusted is valid still."""
+    lasting = CertificateAuthority.create(world.moment, lifetime=timedelta(days=3000))
+    await world.trust(world.front_proxies.certificate + lasting.certificate_pem)
+    client = world.front_proxy()
+    assert await asyncio.to_thread(client.ask, "/", dict([ALICE])) == (200, b"alice")
+    world.moment += timedelta(days=days)
+    assert (await asyncio.to_thread(client.ask, "/", dict([ALICE])))[0] == code
+    assert client.resumed
 
 
 class KubeAPIServer(Client):
