@@ -252,9 +252,15 @@ def bundle_cache(client: Client, *, namespace: str, on_change: Callable[[bytes],
 
 
 def read_bundle(configmap: Json) -> bytes:
-    """The CA certificates (PEM) in our ConfigMap. Raises `ValueError` when there is none."""
-    bundle = str((configmap.get("data") or {}).get(CA_KEY, "")).encode()
-    x509.load_pem_x509_certificates(bundle)
+    """The CA certificates (PEM) in our ConfigMap. Raises `ValueError` when there is none, or one that is of no use."""
+    published = str((configmap.get("data") or {}).get(CA_KEY, "")).encode()
+    certificates = x509.load_pem_x509_certificates(published)
+    # Without the comments between them, which may be in any script; `ssl` takes ASCII alone.
+    bundle = b"".join(certificate.public_bytes(serialization.Encoding.PEM) for certificate in certificates)
+    try:
+        client_context(ca=bundle)
+    except ssl.SSLError as error:
+        raise ValueError(f"OpenSSL can't use it: {error}") from error
     return bundle
 
 

@@ -93,12 +93,13 @@ class FrontProxy:
     def parse(cls, configmap: Json) -> "FrontProxy":
         """Read kube-apiserver's ConfigMap. Raises `ValueError` when it says nothing usable of front proxies."""
         data = configmap.get("data") or {}
-        client_ca = str(data.get("requestheader-client-ca-file", "")).encode()
-        if not client_ca.strip():
+        published = str(data.get("requestheader-client-ca-file", "")).encode()
+        if not published.strip():
             raise ValueError("it has no requestheader-client-ca-file: kube-apiserver runs without an aggregation layer")
-        authorities = x509.load_pem_x509_certificates(client_ca)
+        authorities = x509.load_pem_x509_certificates(published)
         return cls(
-            client_ca=client_ca,
+            # Without the comments between certificates, which may be in any script; `ssl` takes ASCII alone.
+            client_ca=b"".join(authority.public_bytes(Encoding.PEM) for authority in authorities),
             authorities={authority.public_bytes(Encoding.DER): authority for authority in authorities},
             # As they are: a list of nothing but an empty name allows that name alone, and not any.
             allowed_names=_strings(data, "requestheader-allowed-names"),
@@ -298,7 +299,9 @@ class Authenticator:
         if self._front_proxy is None or front_proxy.client_ca != self._front_proxy.client_ca:
             try:
                 self._on_trust(front_proxy.client_ca)
-            except ssl.SSLError as error:
+            except (
+                ssl.SSLError
+            ) as error:  # no other OSError: what passes must not leave a CA trusted that was withdrawn
                 _log.warning("the CA of front proxies can't be used, the last one stays in force: %s", error)
                 return
         self._front_proxy = front_proxy

@@ -18,6 +18,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from controller.authority import CertificateAuthority
 from hack.clusters.pki import Authority
+from kube import certificates
 from kube.certificates import Identity, KeyPair, ServerTLS, client_context, read_bundle, signing_request
 from kube.client import Client, Json, Resource
 from kube.serve import listening
@@ -264,3 +265,18 @@ async def test_a_clock_that_is_far_ahead_does_not_flood_the_signer() -> None:
 def test_a_bundle_without_certificates_is_refused(configmap: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"(?i)pem|certificate"):
         read_bundle(configmap)
+
+
+def test_a_bundle_is_read_without_the_comments_in_it(servers: Authority, clients: Authority) -> None:
+    authorities = servers.certificate, clients.certificate
+    bundle = "# Öffentliche CA\n".join(certificate.decode() for certificate in authorities)
+    assert read_bundle({"data": {"ca.crt": bundle}}) == b"".join(authorities)
+
+
+def test_a_bundle_that_openssl_cannot_use_is_refused(servers: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise ssl.SSLError("unknown")
+
+    monkeypatch.setattr(certificates, "client_context", refuse)
+    with pytest.raises(ValueError, match="OpenSSL can't use it"):
+        read_bundle({"data": {"ca.crt": servers.certificate.decode()}})

@@ -1,5 +1,6 @@
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -298,7 +299,8 @@ class Publishing(Client):
 
     async def followed(self) -> None:
         """Wait until all that was published has been read."""
-        await self._published.join()
+        async with asyncio.timeout(10):
+            await self._published.join()
 
 
 def key_pair(authority: PairAuthority, name: str, *hosts: str, years: int = 1) -> KeyPair:
@@ -357,6 +359,28 @@ async def test_a_session_does_not_outlive_the_withdrawal_of_the_ca(world: World)
     await world.trust(PairAuthority.create("another").certificate)
     with pytest.raises(RefusedError):
         await asyncio.to_thread(client.ask, "/", dict([ALICE]))
+
+
+async def test_a_comment_beside_the_ca_may_be_in_any_script(world: World) -> None:
+    await world.trust("# Öffentliche CA\n".encode() + world.front_proxies.certificate)
+    assert await asyncio.to_thread(world.front_proxy().ask, "/", dict([ALICE])) == (200, b"alice")
+
+
+async def test_when_a_ca_cannot_be_used_the_last_one_stays_in_force(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    another = PairAuthority.create("another")
+    with monkeypatch.context() as broken:
+        broken.setattr(world.tls, "use", unusable)
+        await world.trust(another.certificate)
+    assert await asyncio.to_thread(world.front_proxy().ask, "/", dict([ALICE])) == (200, b"alice")
+    await world.trust(PairAuthority.create("a third").certificate)
+    with pytest.raises(RefusedError):
+        await asyncio.to_thread(world.front_proxy().ask, "/", dict([ALICE]))
+
+
+def unusable(**_: object) -> None:
+    raise ssl.SSLError("not to be used")
 
 
 @pytest.mark.parametrize(("days", "code"), [(0, 200), (500, 401)])
