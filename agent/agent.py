@@ -27,7 +27,7 @@ from api.capturenode import Disk, NodeCapture
 from api.names import agent_server_name
 from kube.certificates import SERVING_SIGNER, SERVING_USAGES, Identity, KeyPair, ServerTLS, bundle_cache
 from kube.client import PACKETCAPTURES, Client
-from kube.serve import health, listening
+from kube.serve import HEALTH_LIMITS, health, listening
 from kube.status import StatusError
 from kube.watch import Cache, Signal
 
@@ -143,7 +143,9 @@ class Agent:
         }
         app = application(self._store, self._capturer)
         async with (
-            listening(health(checks, metrics=self._metrics.exposition), port=self._settings.health_port),
+            listening(
+                health(checks, metrics=self._metrics.exposition), port=self._settings.health_port, limits=HEALTH_LIMITS
+            ),
             self._lock.held(),
             asyncio.TaskGroup() as tasks,
             listening(app, port=self._settings.port, tls=self._tls),

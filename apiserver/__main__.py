@@ -20,7 +20,7 @@ from apiserver.files.listing import Listing
 from kube.certificates import SERVING_SIGNER, SERVING_USAGES, Identity, KeyPair, ServerTLS
 from kube.client import CAPTURENODES, Client
 from kube.connections import Limits
-from kube.serve import environment, health, listening, number, run
+from kube.serve import HEALTH_LIMITS, environment, health, listening, number, run
 from kube.watch import Cache
 
 _NAME = "kubepcap-apiserver"
@@ -50,7 +50,7 @@ class Settings:
             drain=number("DRAIN_SECONDS", default=10, high=600),
             grace=number("GRACE_SECONDS", default=70, high=3600),
             downloads_per_user=number("DOWNLOADS_PER_USER", default=8, low=1, high=1000),
-            connections=number("MAX_CONNECTIONS", default=1024, low=16, high=65536),
+            connections=number("MAX_CONNECTIONS", default=256, low=16, high=65536),
         )
 
 
@@ -109,7 +109,7 @@ async def serve(client: Client, settings: Settings) -> None:
     async with (
         agents.connected(),
         asyncio.TaskGroup() as tasks,
-        listening(health(server.checks, metrics=metrics.exposition), port=settings.health_port),
+        listening(health(server.checks, metrics=metrics.exposition), port=settings.health_port, limits=HEALTH_LIMITS),
         listening(
             server.application(),
             port=settings.port,

@@ -12,7 +12,7 @@ from controller.leadership import lead, stand
 from controller.policies import create_missing
 from controller.signer import Signer
 from kube.client import Client
-from kube.serve import SettingsError, environment, health, listening, number, run
+from kube.serve import HEALTH_LIMITS, SettingsError, environment, health, listening, number, run
 
 LEASE = "kubepcap-controller"
 
@@ -62,7 +62,7 @@ async def main() -> None:
     async with (
         Client.connect(user_agent="kubepcap-controller") as client,
         # A follower is ready too: there is nothing that it could do wrong.
-        listening(health({}), port=settings.health_port, grace=1),
+        listening(health({}), port=settings.health_port, grace=1, limits=HEALTH_LIMITS),
     ):
         await stand(
             lambda: lead(

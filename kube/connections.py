@@ -19,7 +19,7 @@ from typing import Any, Literal, cast
 
 from aiohttp import web
 from aiohttp.http import HttpVersion10, HttpVersion11, RawRequestMessage
-from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from yarl import URL
 
@@ -28,12 +28,14 @@ from kube.status import StatusError, bad_request
 
 _log = logging.getLogger(__name__)
 
-Loss = Literal["connections", "handshake", "head", "idle", "malformed", "size"]
+Loss = Literal["connections", "handshake", "head", "idle", "malformed", "pipelined", "size"]
 """What a connection was closed for: which of the limits it met, a TLS handshake that failed, or what is no request."""
 
 _Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 _BACKLOG = 1024
+# Requests that wait for an answer to the one before; Go's clients send none.
+_MOST_WAITING = 1
 _MOST_HEADERS = 16384
 _ACCEPT_RETRY_SECONDS = 1.0
 _LAST_SECONDS = 1.0
@@ -50,15 +52,23 @@ class Limits:
 
     `connections` are open at once, those in a TLS handshake included. A request's `head` has to be complete that long
     after its first byte, the first one's that long after the connection was made; between two requests a connection
-    may be `idle`. `head_bytes` bound a request's line and headers together, `body_bytes` what may follow while it is
-    answered. With `stall`, a client that takes none of an answer for so long is cut off.
+    may be `idle`. `line_bytes` bound a request's line, `head_bytes` that and the headers together, `body_bytes` what
+    may follow while it is answered. Of who shows no certificate, a head has `stranger_head_bytes` at most. With
+    `stall`, a client that takes none of an answer for so long is cut off.
+
+    A connection in a TLS handshake takes 0.3 MB, most of it asyncio's buffer, and so do a stranger's head and what was
+    read with it: 256 connections take about 80 MB of strangers, who have not said yet who they are.
     """
 
-    connections: int = 1024
+    connections: int = 256
     handshake: float = 10.0
     # As k8s.io/apiserver (ReadHeaderTimeout, MaxHeaderBytes).
     head: float = 32.0
     head_bytes: int = 1 << 20
+    # Thousands of groups come from the front proxy alone; a token, and whatever else is a client's own, fits.
+    stranger_head_bytes: int = 1 << 16
+    # A URL is read before it is known whose it is, which takes long if it is long.
+    line_bytes: int = 1 << 14
     body_bytes: int = 1 << 20
     # Longer than Go's clients keep one (90 s): who closes first while the other asks makes a request fail.
     idle: float = 120.0
@@ -87,7 +97,7 @@ class Connections:
             access_log=None,
             max_headers=_MOST_HEADERS,
             max_field_size=limits.head_bytes,
-            max_line_size=limits.head_bytes,
+            max_line_size=limits.line_bytes,
         )
         self._open: dict[Connection, asyncio.Task[None]] = {}
         self._busy = 0
@@ -241,8 +251,21 @@ class Connection(web.RequestHandler):
         return not self._busy and not self._proven
 
     @property
+    def _allowed_head(self) -> int:
+        return (
+            self._limits.head_bytes if self._proven else min(self._limits.head_bytes, self._limits.stranger_head_bytes)
+        )
+
+    @property
     def _allowed(self) -> int:
-        return self._limits.head_bytes + (self._limits.body_bytes if self._busy else 0)
+        return self._allowed_head + (self._limits.body_bytes if self._busy else 0)
+
+    def refuses(self, message: RawRequestMessage) -> bool:
+        """Whether the head of a request is too large, which came so fast that it was whole when that could be seen."""
+        if self._received <= self._allowed_head:
+            return False
+        size = len(message.path) + sum(len(name) + len(value) for name, value in message.raw_headers)
+        return size > self._allowed_head
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -264,11 +287,14 @@ class Connection(web.RequestHandler):
             return
         if not self._busy and self.waits_for == "idle":
             self._wait("head", self._limits.head)
-        super().data_received(data)
         self._received += len(data)
+        super().data_received(data)
+        beginning = bool(self._messages) and not self._busy
+        if len(self._messages) - beginning > _MOST_WAITING:
+            self._refuse("pipelined")
         # A request that is about to begin may have brought some of its body.
-        if self._received > self._allowed and not self._messages:
-            self._refuse()
+        elif self._received > self._allowed and not beginning:
+            self._refuse("size")
 
     def begin(self, body: StreamReader, *, refusal: StatusError | None) -> None:
         """A request's head is complete, and with a `refusal` that is all that comes of it."""
@@ -309,6 +335,9 @@ class Connection(web.RequestHandler):
         if not isinstance(exc, HttpProcessingError):
             return super().handle_error(request, status, exc, message)
         _log.debug("what %s sent is no request: %s", request.remote, exc)
+        if isinstance(exc, LineTooLong):
+            self.lost("size")
+            return _refused(_LINE_TOO_LONG if self._limits.line_bytes in exc.args else _HEAD_TOO_LARGE)
         self.lost("malformed")
         return _refused(_NO_REQUEST)
 
@@ -317,11 +346,11 @@ class Connection(web.RequestHandler):
         self.waits_since = self._loop.time()
         self.deadline = self.waits_since + seconds
 
-    def _refuse(self) -> None:
+    def _refuse(self, loss: Literal["pipelined", "size"]) -> None:
         self._refused = True
-        self.lost("size")
-        if not self._busy and self._body.is_eof() and self._made is not None:
-            self._made.write(_HEAD_TOO_LARGE)
+        self.lost(loss)
+        if not self._busy and not self._messages and self._body.is_eof() and self._made is not None:
+            self._made.write(_raw_answer(_HEAD_TOO_LARGE))
         self.force_close()
 
 
@@ -342,6 +371,9 @@ def _beginning(make: Callable[..., web.BaseRequest]) -> Callable[..., web.BaseRe
         refusal = None
         if message.version not in _VERSIONS:  # aiohttp would answer in whatever version it was asked in
             refusal, message = _OTHER_VERSION, message._replace(version=HttpVersion11)
+        if connection.refuses(message):
+            connection.lost("size")
+            refusal = _HEAD_TOO_LARGE
         try:
             request = make(message, body, connection, *more)
         except ValueError as error:  # of the host in an absolute URL, which is read here alone
@@ -396,6 +428,7 @@ def _raw_answer(refusal: StatusError) -> bytes:
     return "\r\n".join((*head, "", "")).encode() + body
 
 
-_HEAD_TOO_LARGE = _raw_answer(StatusError(431, "the request's line and headers are too large", reason=""))
+_HEAD_TOO_LARGE = StatusError(431, "the request's line and headers are too large", reason="")
+_LINE_TOO_LONG = StatusError(414, "the request's URL is too long", reason="")
 _OTHER_VERSION = StatusError(505, "HTTP/1.1 and HTTP/1.0 are what is spoken here", reason="")
 _NO_REQUEST = bad_request("what was sent can't be read as a request of HTTP/1.1")

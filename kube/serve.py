@@ -79,6 +79,10 @@ async def _drained(runner: web.AppRunner, connections: Connections, drain: float
     await runner.cleanup()
 
 
+HEALTH_LIMITS = Limits(connections=64, head_bytes=16 << 10, line_bytes=4 << 10, body_bytes=16 << 10)
+"""Of clients of `health`: a kubelet, Prometheus, and whoever else can reach its port."""
+
+
 def health(checks: Mapping[str, Check], *, metrics: Callable[[], bytes] | None = None) -> web.Application:
     """`/healthz` and `/livez` answer 200 while the event loop turns, `/readyz` 503 with what is not ready.
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from kube.certificates import SERVING_SIGNER, SERVING_USAGES, Identity, ServerTLS
 from kube.client import Client
-from kube.serve import environment, health, listening, number, run
+from kube.serve import HEALTH_LIMITS, environment, health, listening, number, run
 from webhook.admission import Admission
 from webhook.server import LIMITS, application, path_cache
 
@@ -57,7 +57,7 @@ async def main() -> None:
             tasks.create_task(admission.policies.run(), name="policies")
             tasks.create_task(path.run(), name="path")
             async with (
-                listening(health(checks), port=settings.health_port, grace=1),
+                listening(health(checks), port=settings.health_port, grace=1, limits=HEALTH_LIMITS),
                 listening(
                     app,
                     port=settings.port,

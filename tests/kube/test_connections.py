@@ -200,13 +200,61 @@ async def test_a_head_that_is_too_large_is_refused(end: bytes) -> None:
         assert await world.is_served()
 
 
-async def test_a_user_in_thousands_of_groups_and_a_long_token_are_let_in() -> None:
+@pytest.mark.parametrize("size", [70_000, 200_000])
+async def test_a_head_that_comes_whole_at_once_is_not_larger_than_it_may_be(size: int) -> None:
     async with serving(Limits()) as world:
         client = await world.connect()
-        groups = b"".join(b"X-Remote-Group: group-of-some-name-%d\r\n" % number for number in range(10_000))
-        token = b"Authorization: Bearer " + b"x" * 100_000 + b"\r\n"
-        client.writer.write(b"GET / HTTP/1.1\r\nHost: test\r\n" + groups + token + b"\r\n")
-        assert await client.answer() == ANSWER
+        client.writer.write(
+            b"GET / HTTP/1.1\r\nHost: test" + b"\r\nX: %s" % (b"x" * 1000) * (size // 1000) + b"\r\n\r\n"
+        )
+        answer = await client.rest()
+        assert answer.startswith(b"HTTP/1.1 431 ")
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["code"] == 431
+        assert world.losses == {"size": 1}
+
+
+@pytest.mark.parametrize("end", [b"", b" HTTP/1.1\r\nHost: test\r\n\r\n"], ids=["unfinished", "whole"])
+async def test_a_url_that_is_too_long_is_refused(end: bytes) -> None:
+    async with serving(Limits()) as world:
+        client = await world.connect()
+        client.writer.write(b"GET /?" + b"&a=b" * 5000 + end)
+        answer = await client.rest()
+        assert answer.startswith(b"HTTP/1.0 414 ")
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["code"] == 414
+        assert world.losses == {"size": 1}
+
+
+async def test_requests_that_wait_for_others_are_not_gathered() -> None:
+    async with serving(Limits()) as world:
+        client = await world.connect()
+        client.writer.write(b"GET /hold HTTP/1.1\r\nHost: test\r\n\r\n")
+        await eventually(lambda: world.held == 1)
+        client.writer.write(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n" * 2)
+        assert await client.rest() == b""
+        assert world.losses == {"pipelined": 1}
+        world.hold.set()
+        several = await world.connect()
+        several.writer.write(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n" * 3)
+        assert await several.rest() == b""
+        assert world.losses == {"pipelined": 2}
+
+
+async def test_what_waits_behind_a_request_is_no_larger_than_a_head() -> None:
+    async with serving(Limits(body_bytes=0)) as world:
+        client = await world.connect()
+        client.writer.write(b"GET /hold HTTP/1.1\r\nHost: test\r\n\r\n")
+        await eventually(lambda: world.held == 1)
+        client.writer.write(b"GET / HTTP/1.1\r\nHost: test" + b"\r\nX: %s" % (b"x" * 1000) * 70 + b"\r\n\r\n")
+        assert await client.rest() == b""
+        assert world.losses == {"size": 1}
+
+
+async def test_one_request_may_wait_for_another() -> None:
+    async with serving(Limits()) as world:
+        client = await world.connect()
+        client.writer.write(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n" * 2)
+        assert [await client.answer(), await client.answer()] == [ANSWER] * 2
+        assert not world.losses
 
 
 @pytest.mark.parametrize("sent", [b"\x16\x03\x01\x02\x00", b"hello\r\n\r\n", b"GET / HTTP/1.1\r\nno colon\r\n\r\n"])
@@ -308,6 +356,17 @@ async def test_who_has_a_certificate_is_not_kept_out_by_those_who_have_none(pki:
             await world.connect(nobody)
         assert [await client.ask() for client in clients] == [ANSWER] * 2
         assert world.losses == {"connections": 3}
+
+
+async def test_a_user_in_thousands_of_groups_and_a_long_token_are_let_in_by_the_front_proxy(
+    pki: Pki,
+) -> None:
+    async with serving(Limits(), tls=pki.tls) as world:
+        client = await world.connect(pki.context(pki.theirs.issue("front-proxy-client")))
+        groups = b"".join(b"X-Remote-Group: group-of-some-name-%d\r\n" % number for number in range(10_000))
+        token = b"Authorization: Bearer " + b"x" * 100_000 + b"\r\n"
+        client.writer.write(b"GET / HTTP/1.1\r\nHost: test\r\n" + groups + token + b"\r\n")
+        assert await client.answer() == ANSWER
 
 
 async def test_handshakes_under_way_count_and_make_room(pki: Pki) -> None:
