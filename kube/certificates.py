@@ -185,6 +185,11 @@ class ServerTLS:
         self._current: ssl.SSLContext | None = None
 
     @property
+    def asks(self) -> bool:
+        """Whether clients are asked for a certificate."""
+        return self._verify_mode != ssl.CERT_NONE
+
+    @property
     def is_usable(self) -> bool:
         return self._current is not None
 

@@ -2,7 +2,8 @@
 
 aiohttp waits for its clients for ever, or nearly so. Whoever may connect could then hold all that a server has: with
 connections that ask for nothing, heads of requests that come a byte a second, or answers that are never read. Who has
-shown a valid certificate is not kept out by those who have not: of theirs, the one that waits longest makes room.
+shown a valid certificate is not kept out by strangers, who have not: these get three quarters of the connections at
+most, and of theirs, the one that waits longest makes room.
 """
 
 import asyncio
@@ -34,6 +35,8 @@ Loss = Literal["connections", "handshake", "head", "idle", "malformed", "pipelin
 _Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 _BACKLOG = 1024
+# Connections taken at a time; others have their turn before more are.
+_ACCEPTED_AT_ONCE = 64
 # Requests that wait for an answer to the one before; Go's clients send none.
 _MOST_WAITING = 1
 _MOST_HEADERS = 16384
@@ -50,7 +53,8 @@ _NO_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.EN
 class Limits:
     """What a client may take. Times in seconds, sizes in bytes.
 
-    `connections` are open at once, those in a TLS handshake included. A request's `head` has to be complete that long
+    `connections` are open at once, those in a TLS handshake included; where certificates are asked for, strangers get
+    three quarters of them. A request's `head` has to be complete that long
     after its first byte, the first one's that long after the connection was made; between two requests a connection
     may be `idle`. `line_bytes` bound a request's line, `head_bytes` that and the headers together, `body_bytes` what
     may follow while it is answered. Of who shows no certificate, a head has `stranger_head_bytes` at most. With
@@ -100,6 +104,9 @@ class Connections:
             max_line_size=limits.line_bytes,
         )
         self._open: dict[Connection, asyncio.Task[None]] = {}
+        self._strangers: set[Connection] = set()
+        self._most_strangers = limits.connections - (limits.connections // 4 if tls and tls.asks else 0)
+        self._yielding: dict[Connection, None] = {}  # the one that waits longest first
         self._busy = 0
         self._quiet = asyncio.Event()
         self._quiet.set()
@@ -131,8 +138,27 @@ class Connections:
         if self._sweep is not None:
             self._sweep.cancel()
 
-    def began(self) -> None:
-        """A request on one of the connections is to be answered."""
+    def connected(self, connection: "Connection", *, proven: bool) -> None:
+        """It is made, handshake included. A stranger too many costs a stranger its connection: this one if all work."""
+        if connection not in self._open:  # it made room just before
+            connection.abort()
+            return
+        if proven:
+            self._yielding.pop(connection, None)
+            return
+        self._strangers.add(connection)
+        if len(self._strangers) > self._most_strangers:
+            self.lose(next(other for other in self._yielding if other in self._strangers), "connections")
+
+    def yields(self, connection: "Connection") -> None:
+        """It waits from now on, and makes room when others want it."""
+        if connection in self._open:
+            self._yielding.pop(connection, None)
+            self._yielding[connection] = None
+
+    def began(self, connection: "Connection") -> None:
+        """A request on the connection is to be answered."""
+        self._yielding.pop(connection, None)
         self._busy += 1
         self._quiet.clear()
 
@@ -145,6 +171,8 @@ class Connections:
     def forget(self, connection: "Connection") -> None:
         """It is closed."""
         self._open.pop(connection, None)
+        self._yielding.pop(connection, None)
+        self._strangers.discard(connection)
 
     def lose(self, connection: "Connection", loss: Loss) -> None:
         """Close it at once, answer or not."""
@@ -157,7 +185,7 @@ class Connections:
 
     def _accept(self) -> None:
         assert self._listener is not None  # noqa: S101 - who calls is its reader
-        for _ in range(_BACKLOG):
+        for _ in range(_ACCEPTED_AT_ONCE):
             try:
                 accepted, _address = self._listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -189,14 +217,13 @@ class Connections:
         making = self._open[connection] = self._loop.create_task(
             self._make(connection, accepted), name="new connection"
         )
+        self.yields(connection)
         making.add_done_callback(lambda _: self._made(connection, accepted))
 
     def _make_room(self) -> bool:
-        yielding = [connection for connection in self._open if connection.yields]
-        if not yielding:
+        if not self._yielding:
             return False
-        longest = min(yielding, key=lambda connection: connection.waits_since)
-        self.lose(longest, "connections")
+        self.lose(next(iter(self._yielding)), "connections")
         return True
 
     async def _make(self, connection: "Connection", accepted: socket.socket) -> None:
@@ -237,7 +264,6 @@ class Connection(web.RequestHandler):
         self._received = 0
         self._body: StreamReader = EMPTY_PAYLOAD
         self.waits_for: Literal["head", "idle"] = "head"
-        self.waits_since = self._loop.time()
         self.deadline = math.inf
 
     @property
@@ -246,15 +272,9 @@ class Connection(web.RequestHandler):
         return self._made is not None
 
     @property
-    def yields(self) -> bool:
-        """Whether it gives way to another: who asked for nothing yet, or has the answer, and showed no certificate."""
-        return not self._busy and not self._proven
-
-    @property
     def _allowed_head(self) -> int:
-        return (
-            self._limits.head_bytes if self._proven else min(self._limits.head_bytes, self._limits.stranger_head_bytes)
-        )
+        most = self._limits.head_bytes
+        return most if self._proven else min(most, self._limits.stranger_head_bytes)
 
     @property
     def _allowed(self) -> int:
@@ -277,6 +297,7 @@ class Connection(web.RequestHandler):
         # Whatever ends the task that answers, also before a request's own has begun, ends the request.
         self._task_handler.add_done_callback(lambda _: self.end())
         self._wait("head", self._limits.head)
+        self._connections.connected(self, proven=self._proven)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._connections.forget(self)
@@ -300,7 +321,7 @@ class Connection(web.RequestHandler):
         """A request's head is complete, and with a `refusal` that is all that comes of it."""
         self.refusal = refusal
         self._body = body
-        self._connections.began()
+        self._connections.began(self)
         self._busy = True
         self._received = 0
         self.deadline = math.inf
@@ -343,8 +364,9 @@ class Connection(web.RequestHandler):
 
     def _wait(self, what: Literal["head", "idle"], seconds: float) -> None:
         self.waits_for = what
-        self.waits_since = self._loop.time()
-        self.deadline = self.waits_since + seconds
+        self.deadline = self._loop.time() + seconds
+        if not self._proven:
+            self._connections.yields(self)
 
     def _refuse(self, loss: Literal["pipelined", "size"]) -> None:
         self._refused = True

@@ -369,6 +369,34 @@ async def test_a_user_in_thousands_of_groups_and_a_long_token_are_let_in_by_the_
         assert await client.answer() == ANSWER
 
 
+async def test_busy_strangers_leave_a_quarter_to_those_who_have_a_certificate(pki: Pki) -> None:
+    proven, nobody = pki.context(pki.theirs.issue("client")), pki.context()
+    async with serving(Limits(connections=8), tls=pki.tls) as world:
+        strangers = [await world.connect(nobody) for _ in range(6)]
+        for stranger in strangers:
+            stranger.writer.write(b"GET /hold HTTP/1.1\r\nHost: test\r\n\r\n")
+        await eventually(lambda: world.held == 6)
+        for number in range(1, 4):
+            another = await world.connect(nobody)
+            assert await another.rest() == b""
+            assert world.losses == {"connections": number}
+        clients = [await world.connect(proven) for _ in range(2)]
+        assert [await client.ask() for client in clients] == [ANSWER] * 2
+        world.hold.set()
+        assert [await stranger.answer() for stranger in strangers] == [ANSWER] * 6
+
+
+async def test_of_strangers_the_one_that_waits_longest_makes_room_for_another(pki: Pki) -> None:
+    nobody = pki.context()
+    async with serving(Limits(connections=4), tls=pki.tls) as world:
+        first, second, third = [await world.connect(nobody) for _ in range(3)]
+        assert [await client.ask() for client in (first, third)] == [ANSWER] * 2
+        fourth = await world.connect(nobody)
+        assert await second.rest() == b""
+        assert [await client.ask() for client in (first, third, fourth)] == [ANSWER] * 3
+        assert world.losses == {"connections": 1}
+
+
 async def test_handshakes_under_way_count_and_make_room(pki: Pki) -> None:
     async with serving(Limits(connections=2), tls=pki.tls) as world:
         silent = [await world.connect() for _ in range(2)]
