@@ -299,9 +299,8 @@ class Authenticator:
         if self._front_proxy is None or front_proxy.client_ca != self._front_proxy.client_ca:
             try:
                 self._on_trust(front_proxy.client_ca)
-            except (
-                ssl.SSLError
-            ) as error:  # no other OSError: what passes must not leave a CA trusted that was withdrawn
+            except ssl.SSLError as error:
+                # No other OSError: what may pass must not leave a CA trusted that was withdrawn.
                 _log.warning("the CA of front proxies can't be used, the last one stays in force: %s", error)
                 return
         self._front_proxy = front_proxy
