@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 from typing import Self
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -20,6 +21,16 @@ CLOCK_SKEW = timedelta(minutes=10)
 
 USAGES = {"server auth": ExtendedKeyUsageOID.SERVER_AUTH, "client auth": ExtendedKeyUsageOID.CLIENT_AUTH}
 """The extended key usages, as Kubernetes writes them, that we sign for."""
+
+# What cryptography raises besides ValueError: for an encrypted key, an unknown algorithm, a missing or odd extension.
+_UNREADABLE = (
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.ExtensionNotFound,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,11 +87,19 @@ class CertificateAuthority:
 
     @classmethod
     def from_pem(cls, *, certificate: bytes, key: bytes) -> Self:
-        """Raises `ValueError` unless they are an EC key and the certificate of it."""
-        read = x509.load_pem_x509_certificate(certificate)
-        private = serialization.load_pem_private_key(key, None)
-        if not isinstance(private, ec.EllipticCurvePrivateKey) or read.public_key() != private.public_key():
+        """Raises `ValueError` unless they are an EC key and the certificate of it, which is a CA's and has a name."""
+        try:
+            read = x509.load_pem_x509_certificate(certificate)
+            private = serialization.load_pem_private_key(key, None)
+            public = read.public_key()
+            constraints = read.extensions.get_extension_for_class(x509.BasicConstraints).value
+            read.extensions.get_extension_for_class(x509.SubjectKeyIdentifier)
+        except _UNREADABLE as error:
+            raise ValueError(str(error)) from error
+        if not isinstance(private, ec.EllipticCurvePrivateKey) or public != private.public_key():
             raise ValueError("the certificate is not that of the key")
+        if not constraints.ca:
+            raise ValueError("the certificate is not a CA's")
         return cls(read, private)
 
     @property

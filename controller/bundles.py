@@ -5,7 +5,6 @@ What others change is put right again: the objects are watched, and each pass co
 
 import asyncio
 import base64
-import binascii
 import copy
 import logging
 import secrets
@@ -57,6 +56,7 @@ class Bundles:
         self._clock = clock
         self._signal = Signal()
         self._authorities: dict[str, CertificateAuthority] = {}
+        self._secrets = self._follow(SECRETS, CA_SECRET, namespace=namespace, metadata_only=True)
         self._configmaps = self._follow(CONFIGMAPS, CA_CONFIGMAP, namespace=namespace)
         self._trusting = {
             APISERVICES: self._follow(APISERVICES, APISERVICE),
@@ -80,6 +80,7 @@ class Bundles:
 
     async def run(self) -> NoReturn:
         async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._secrets.run(), name="following our CAs")
             for cache in (self._configmaps, *self._trusting.values()):
                 tasks.create_task(cache.run(), name="following what trusts us")
             for cache in (self._configmaps, *self._trusting.values()):
@@ -110,10 +111,16 @@ class Bundles:
         return max(1.0, min(pauses))
 
     async def _keep(self, now: datetime) -> dict[str, CertificateAuthority]:
-        """Our CAs as the Secret holds them; those in memory go back into it when it was lost."""
+        """Our CAs as the Secret holds them. Those in memory go back into it when it was lost, and where it is damaged.
+
+        One whose certificate was taken out of the Secret was withdrawn, and is not to be brought back.
+        """
         secret = await _found(self._client.get(SECRETS, CA_SECRET, namespace=self._namespace))
         stored = read_authorities(secret or {})
-        known = self._authorities | stored
+        held = self._authorities.keys() if secret is None else names_held(secret)
+        known = {name: ca for name, ca in self._authorities.items() if name in held} | stored
+        for name in self._authorities.keys() - known.keys():
+            _log.warning("the CA %s is no longer in the Secret %s: it is withdrawn", name, CA_SECRET)
         planned = self._plan(known.values(), now)
         if planned.create:
             made = CertificateAuthority.create(now, lifetime=self._lifetimes.ca)
@@ -170,13 +177,16 @@ class Bundles:
         else:
             await self._client.replace(SECRETS, name, old | {"data": encoded}, namespace=self._namespace)
 
-    def _follow(self, resource: Resource, name: str, *, namespace: str | None = None) -> Cache[Json]:
+    def _follow(
+        self, resource: Resource, name: str, *, namespace: str | None = None, metadata_only: bool = False
+    ) -> Cache[Json]:
         return Cache(
             self._client,
             resource,
             dict,
             namespace=namespace,
             field_selector=f"metadata.name={name}",
+            metadata_only=metadata_only,
             on_change=lambda _: self._signal.set(),
         )
 
@@ -226,6 +236,11 @@ def read_authorities(secret: Json) -> dict[str, CertificateAuthority]:
     return authorities
 
 
+def names_held(secret: Json) -> frozenset[str]:
+    """The names of the CAs in our Secret, of those too that can't be read."""
+    return frozenset(key.removesuffix(".crt") for key in secret.get("data") or {} if key.endswith(".crt"))
+
+
 def write_authorities(authorities: Mapping[str, CertificateAuthority]) -> dict[str, bytes]:
     data = {}
     for name, authority in authorities.items():
@@ -239,7 +254,7 @@ def _decoded(data: Mapping[str, Any]) -> dict[str, bytes]:
     for key, value in data.items():
         try:
             decoded[key] = base64.b64decode(value, validate=True)
-        except (binascii.Error, TypeError) as error:
+        except (ValueError, TypeError) as error:
             _log.error("%s in a Secret is not base64: %s", key, error)
     return decoded
 

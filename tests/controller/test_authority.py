@@ -230,3 +230,40 @@ def test_an_rsa_key_is_not_signed() -> None:
         CertificateAuthority.create(START).sign(
             request, common_name="x", dns_names=[], usage=ExtendedKeyUsageOID.SERVER_AUTH, now=START
         )
+
+
+def made_elsewhere(*extensions: x509.ExtensionType) -> bytes:
+    name = x509.Name([])
+    builder = (
+        x509.CertificateBuilder(issuer_name=name, subject_name=name)
+        .public_key(KEY.public_key())
+        .serial_number(1)
+        .not_valid_before(START)
+        .not_valid_after(START + USUAL.ca)
+    )
+    for extension in extensions:
+        builder = builder.add_extension(extension, critical=False)
+    return builder.sign(KEY, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+KEY = ec.generate_private_key(ec.SECP256R1())
+IDENTIFIER = x509.SubjectKeyIdentifier.from_public_key(KEY.public_key())
+IS_CA, IS_NONE = (x509.BasicConstraints(ca=ca, path_length=None) for ca in (True, False))
+
+
+@pytest.mark.parametrize(
+    ("extensions", "password", "message"),
+    [
+        pytest.param([IS_CA], None, "SubjectKeyIdentifier", id="it has no name"),
+        pytest.param([IDENTIFIER], None, "BasicConstraints", id="it does not say that it is a CA's"),
+        pytest.param([IS_NONE, IDENTIFIER], None, "not a CA's", id="it is no CA's"),
+        pytest.param([IS_CA, IDENTIFIER], b"secret", "(?i)password", id="the key is encrypted"),
+    ],
+)
+def test_what_is_no_ca_of_ours_is_refused(
+    extensions: list[x509.ExtensionType], password: bytes | None, message: str
+) -> None:
+    encryption = serialization.BestAvailableEncryption(password) if password else serialization.NoEncryption()
+    key = KEY.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
+    with pytest.raises(ValueError, match=message):
+        CertificateAuthority.from_pem(certificate=made_elsewhere(*extensions), key=key)

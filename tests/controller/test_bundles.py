@@ -6,10 +6,12 @@ import copy
 import logging
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import cast
 
 import pytest
+from cryptography import x509
 
 from controller.authority import USUAL, CertificateAuthority
 from controller.bundles import (
@@ -20,7 +22,7 @@ from controller.bundles import (
     webhooks_trusting,
     write_authorities,
 )
-from kube.client import APISERVICES, CONFIGMAPS, Client, Json, ObjectList, Resource, WatchEvent
+from kube.client import APISERVICES, CONFIGMAPS, SECRETS, Client, Json, ObjectList, Resource, WatchEvent
 from kube.status import StatusError
 
 BUNDLE = b"-----BEGIN CERTIFICATE-----\n"
@@ -71,14 +73,14 @@ def test_cas_survive_the_secret() -> None:
     assert {name: ca.expires for name, ca in again.items()} == {name: ca.expires for name, ca in named.items()}
 
 
-@pytest.mark.parametrize("damage", ["no key", "no PEM", "no base64"])
+@pytest.mark.parametrize("damage", ["no key", "no PEM", "no base64", "no ASCII"])
 def test_a_damaged_ca_is_left_out_and_logged(damage: str, caplog: pytest.LogCaptureFixture) -> None:
     good, bad = (CertificateAuthority.create(datetime(2030, 1, 1, tzinfo=UTC)) for _ in range(2))
     stored = secret(write_authorities({good.name: good, bad.name: bad}))
     if damage == "no key":
         del stored["data"][f"{bad.name}.key"]
     else:
-        stored["data"][f"{bad.name}.crt"] = {"no PEM": "eA==", "no base64": "%"}[damage]
+        stored["data"][f"{bad.name}.crt"] = {"no PEM": "eA==", "no base64": "%", "no ASCII": "é"}[damage]
     with caplog.at_level(logging.ERROR):
         assert list(read_authorities(stored)) == [good.name]
     assert bad.name in caplog.text
@@ -166,3 +168,82 @@ async def test_a_ca_does_not_sign_before_kube_apiserver_trusts_it_however_long_t
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
+
+
+@dataclass
+class World:
+    """Our bundles, kept up in a cluster where the CA is at half of its life, and so has a successor."""
+
+    cluster: Cluster
+    bundles: Bundles
+
+    @property
+    def secret(self) -> Json:
+        return self.cluster.objects[SECRETS, "kubepcap-ca"]
+
+    @property
+    def names(self) -> set[str]:
+        return set(read_authorities(self.secret))
+
+    def trusted(self) -> set[str]:
+        """The serial numbers of those that kube-apiserver trusts."""
+        bundle = base64.b64decode(self.cluster.objects[APISERVICES, APISERVICE]["spec"].get("caBundle", ""))
+        return {str(one.serial_number) for one in x509.load_pem_x509_certificates(bundle)}
+
+    def serials(self) -> set[str]:
+        """The serial numbers of those in the Secret."""
+        return {str(ca.certificate.serial_number) for ca in read_authorities(self.secret).values()}
+
+    def change(self, data: dict[str, str]) -> None:
+        self.cluster.put(SECRETS, self.secret | {"data": data})
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    cluster, now = Cluster(), datetime(2030, 1, 1, tzinfo=UTC)
+    cluster.put(APISERVICES, {"metadata": {"name": APISERVICE}, "spec": {}})
+    bundles = Bundles(cast("Client", cluster), namespace="kubepcap", clock=lambda: now)
+    running = asyncio.create_task(bundles.run(), name="bundles")
+    await bundles.published.wait()
+    now += USUAL.ca / 2
+    cluster.touch()
+    await becomes(2, cluster.trusts)
+    yield World(cluster, bundles)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+
+
+async def test_a_ca_that_is_taken_out_of_the_secret_is_withdrawn(world: World) -> None:
+    old, new = sorted(read_authorities(world.secret).values(), key=lambda ca: ca.made)
+    world.change({key: value for key, value in world.secret["data"].items() if not key.startswith(old.name)})
+    await becomes(1, world.cluster.trusts)
+    assert world.trusted() == world.serials()
+    assert world.names == {new.name}
+    assert world.bundles.authority.name == new.name
+
+
+async def test_when_the_secret_is_emptied_a_new_ca_takes_the_place_of_all(world: World) -> None:
+    before = world.names
+    world.change({})
+    await becomes(1, world.cluster.trusts)
+    assert world.trusted() == world.serials()
+    assert not world.names & before
+    assert {world.bundles.authority.name} == world.names
+
+
+async def test_a_secret_that_is_lost_whole_is_put_back(world: World) -> None:
+    before = world.names
+    del world.cluster.objects[SECRETS, "kubepcap-ca"]
+    world.cluster.touch()
+    await becomes(1, lambda: (SECRETS, "kubepcap-ca") in world.cluster.objects)
+    assert world.names == before
+
+
+@pytest.mark.parametrize("half", ["crt", "key"])
+async def test_a_ca_that_cannot_be_read_any_more_is_put_back(world: World, half: str) -> None:
+    before, damaged = world.names, min(world.names)
+    world.change(world.secret["data"] | {f"{damaged}.{half}": "eA=="})
+    await becomes(2, lambda: len(world.names))
+    assert world.names == before
+    assert world.cluster.trusts() == 2
