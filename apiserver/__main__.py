@@ -119,6 +119,7 @@ async def serve(client: Client, settings: Settings) -> None:
             on_drain=server.drain,
             limits=Limits(connections=settings.connections, stall=_STALL_SECONDS),
             on_loss=metrics.lost,
+            cancels_abandoned=True,
         ),
     ):
         for name, task in background.items():

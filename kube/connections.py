@@ -32,6 +32,9 @@ _log = logging.getLogger(__name__)
 Loss = Literal["connections", "handshake", "head", "idle", "malformed", "pipelined", "size"]
 """What a connection was closed for: which of the limits it met, a TLS handshake that failed, or what is no request."""
 
+Left = Literal["client", "stalled client"]
+"""Who ended a connection, if it was not we: its client, or the kernel since the client took nothing of an answer."""
+
 _Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 _BACKLOG = 1024
@@ -88,10 +91,17 @@ class Connections:
     """Accepts connections for an application, keeps them to the limits, and ends them."""
 
     def __init__(
-        self, server: web.Server, *, limits: Limits, tls: ServerTLS | None, on_loss: Callable[[Loss], None]
+        self,
+        server: web.Server,
+        *,
+        limits: Limits,
+        tls: ServerTLS | None,
+        on_loss: Callable[[Loss], None],
+        cancels_abandoned: bool,
     ) -> None:
         """`server` is that of an `aiohttp.web.AppRunner`, which makes requests of what comes."""
         self.limits = limits
+        self.cancels_abandoned = cancels_abandoned
         self._tls = tls
         self.on_loss = on_loss
         self._loop = asyncio.get_running_loop()
@@ -261,6 +271,7 @@ class Connection(web.RequestHandler):
         self._proven = False
         self._refused = False
         self.refusal: StatusError | None = None
+        self.left: Left | None = None
         self._received = 0
         self._body: StreamReader = EMPTY_PAYLOAD
         self.waits_for: Literal["head", "idle"] = "head"
@@ -301,7 +312,14 @@ class Connection(web.RequestHandler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._connections.forget(self)
+        if not self._force_close:
+            self.left = "stalled client" if isinstance(exc, TimeoutError) else "client"
+        answering = self._task_handler
+        # Who writes is told by an error, and why.
+        is_told = self.writing_paused and exc is not None
         super().connection_lost(exc)
+        if self._connections.cancels_abandoned and answering is not None and not is_told:
+            answering.cancel()
 
     def data_received(self, data: bytes) -> None:
         if self._refused:

@@ -53,17 +53,21 @@ async def listening(
     on_drain: Callable[[], None] | None = None,
     limits: Limits | None = None,
     on_loss: Callable[[Loss], None] = lambda _: None,
+    cancels_abandoned: bool = False,
 ) -> AsyncIterator[int]:
     """Serve `app` while the block runs; yields the port (which is chosen by the system when `port` is 0).
 
     On the way out `on_drain` is called (readiness should fail from then on), requests are still taken for `drain`
     seconds, the time that the cluster needs to stop sending them, and those under way get `grace` seconds to end.
     `on_loss` is told of each connection that was closed for its limits, or whose TLS handshake failed.
+    With `cancels_abandoned` a request is cancelled when its client leaves, else it goes on until it next writes.
     """
     runner = web.AppRunner(app, handle_signals=False)
     await runner.setup()
     assert runner.server is not None  # noqa: S101 - it has been set up
-    connections = Connections(runner.server, limits=limits or Limits(), tls=tls, on_loss=on_loss)
+    connections = Connections(
+        runner.server, limits=limits or Limits(), tls=tls, on_loss=on_loss, cancels_abandoned=cancels_abandoned
+    )
     try:
         yield connections.listen(host, port)
     finally:

@@ -29,6 +29,7 @@ from apiserver.aggregation.metrics import CONTENT_TYPE, Metrics, Reported, Resul
 from apiserver.aggregation.openapi import OpenAPI, Schemas
 from apiserver.aggregation.permission import Permissions
 from apiserver.aggregation.requestinfo import MethodError, PathError, RequestInfo, parse
+from kube.connections import Connection, Left
 from kube.serve import Check, unready
 from kube.status import StatusError, bad_request, internal_error, method_not_allowed, timed_out, too_many_requests
 
@@ -62,7 +63,7 @@ class _Exchange:
     warnings: list[str] = field(default_factory=list)
     begun: web.StreamResponse | None = None
     sent: int = 0
-    cut: Literal["server", "client", "stalled client"] | None = None
+    cut: Literal["server"] | Left | None = None
 
     @property
     def seconds(self) -> float:
@@ -142,7 +143,7 @@ class Server:
             with self._metrics.under_way(request.method):
                 return await handler(request)
         except asyncio.CancelledError:
-            exchange.cut = "server"
+            exchange.cut = _left(request) or "server"
             raise
         finally:
             self._record(request, exchange)
@@ -321,6 +322,10 @@ def _cut(request: web.Request, exchange: _Exchange, error: Exception) -> None:
     else:
         # There is nobody to tell, and nothing is wrong. A timeout is the kernel's: nothing of the answer was taken.
         exchange.cut = "stalled client" if isinstance(error.__cause__, TimeoutError) else "client"
+
+
+def _left(request: web.Request) -> Left | None:
+    return request.protocol.left if isinstance(request.protocol, Connection) else None
 
 
 def _access(request: web.Request, exchange: _Exchange, code: int) -> dict[str, object]:

@@ -105,7 +105,9 @@ class World:
 
 
 @asynccontextmanager
-async def serving(limits: Limits, *, tls: ServerTLS | None = None, grace: float = 0.0) -> AsyncIterator[World]:
+async def serving(
+    limits: Limits, *, tls: ServerTLS | None = None, grace: float = 0.0, cancels_abandoned: bool = False
+) -> AsyncIterator[World]:
     world = World(0, Counter())
     app = web.Application(client_max_size=1 << 30)
     app.add_routes(
@@ -120,7 +122,16 @@ async def serving(limits: Limits, *, tls: ServerTLS | None = None, grace: float 
     def lose(loss: str) -> None:
         world.losses[loss] += 1
 
-    async with listening(app, port=0, host="127.0.0.1", tls=tls, grace=grace, limits=limits, on_loss=lose) as port:
+    async with listening(
+        app,
+        port=0,
+        host="127.0.0.1",
+        tls=tls,
+        grace=grace,
+        limits=limits,
+        on_loss=lose,
+        cancels_abandoned=cancels_abandoned,
+    ) as port:
         world.port = port
         try:
             yield world
@@ -466,6 +477,25 @@ async def test_a_body_up_to_its_limit_is_read_and_one_beyond_ends_the_connection
         assert await client.rest() == b""
         assert world.losses == {"size": 1}
         assert await world.is_served()
+
+
+@pytest.mark.parametrize("leave", ["close", "abort"])
+async def test_a_request_whose_client_leaves_is_cancelled_and_not_waited_for(leave: str) -> None:
+    async with asyncio.timeout(PATIENCE), serving(Limits(), grace=PATIENCE * 100, cancels_abandoned=True) as world:
+        client = await world.connect()
+        client.writer.write(b"GET /hold HTTP/1.1\r\nHost: test\r\n\r\n")
+        await eventually(lambda: world.held == 1)
+        getattr(client.writer.transport, leave)()
+        await eventually(lambda: world.cancelled == 1)
+        assert await world.is_served()
+
+
+async def test_a_client_that_does_not_read_is_told_from_one_that_leaves() -> None:
+    async with serving(Limits(stall=SOON), cancels_abandoned=True) as world:
+        lazy = await world.connect()
+        lazy.writer.write(b"GET /stream?bytes=1000000000 HTTP/1.1\r\nHost: test\r\n\r\n")
+        await eventually(lambda: bool(world.broken))
+        assert isinstance(world.broken[0].__cause__, TimeoutError)
 
 
 async def test_a_request_that_outlasts_the_grace_is_cancelled() -> None:

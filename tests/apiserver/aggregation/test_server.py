@@ -165,6 +165,7 @@ async def serving(*, streams_per_user: int = 2, request_seconds: float = 60.0, *
             host="127.0.0.1",
             on_drain=server.drain,
             on_loss=metrics.lost,
+            cancels_abandoned=True,
             **{"grace": PATIENCE} | options,
         ) as port,
         aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE)) as session,
@@ -244,6 +245,19 @@ async def test_an_answer_that_a_client_leaves_is_logged_as_cut(caplog: pytest.Lo
     assert (line["code"], line["cut"]) == (200, "client")
     assert 1000 <= line["bytes"] < 1 << 30
     assert aborts == {}
+
+
+async def test_a_request_that_a_client_leaves_is_cancelled_and_is_not_our_fault(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with serving() as world:
+        _, writer = await world.say(f"GET {PAGES}?slow=1 HTTP/1.1\r\nHost: test\r\nX-Remote-User: alice\r\n\r\n")
+        await eventually(lambda: world.samples("apiserver_current_inflight_requests").get(("readOnly",)))
+        writer.transport.abort()
+        await eventually(lambda: logged(caplog, "cut"))
+        assert world.samples("apiserver_request_aborts_total") == {}
+        assert world.samples("apiserver_current_inflight_requests")["readOnly",] == 0
+    assert logged(caplog, "code", "cut") == [{"code": 0, "cut": "client"}]
 
 
 async def test_an_answer_that_breaks_off_looks_broken_and_is_logged_as_cut(caplog: pytest.LogCaptureFixture) -> None:
