@@ -116,7 +116,9 @@ class Connections:
         self._open: dict[Connection, asyncio.Task[None]] = {}
         self._strangers: set[Connection] = set()
         self._most_strangers = limits.connections - (limits.connections // 4 if tls and tls.asks else 0)
-        self._yielding: dict[Connection, None] = {}  # the one that waits longest first
+        # Of both, the one that waits longest comes first.
+        self._silent: dict[Connection, None] = {}
+        self._yielding: dict[Connection, None] = {}
         self._busy = 0
         self._quiet = asyncio.Event()
         self._quiet.set()
@@ -181,6 +183,7 @@ class Connections:
     def forget(self, connection: "Connection") -> None:
         """It is closed."""
         self._open.pop(connection, None)
+        self._silent.pop(connection, None)
         self._yielding.pop(connection, None)
         self._strangers.discard(connection)
 
@@ -227,25 +230,40 @@ class Connections:
         making = self._open[connection] = self._loop.create_task(
             self._make(connection, accepted), name="new connection"
         )
-        self.yields(connection)
+        self._silent[connection] = None
         making.add_done_callback(lambda _: self._made(connection, accepted))
 
     def _make_room(self) -> bool:
-        if not self._yielding:
+        yielding = self._silent or self._yielding
+        if not yielding:
             return False
-        self.lose(next(iter(self._yielding)), "connections")
+        self.lose(next(iter(yielding)), "connections")
         return True
 
     async def _make(self, connection: "Connection", accepted: socket.socket) -> None:
-        context = self._tls.context if self._tls else None
         handshake = self.limits.handshake if self._tls else None
         try:
+            if self._tls:
+                # A handshake takes memory and time; who does not even begin one is the first to make room.
+                async with asyncio.timeout(handshake):
+                    await self._readable(accepted)
+            self._silent.pop(connection, None)
+            self.yields(connection)
+            context = self._tls.context if self._tls else None
             await self._loop.connect_accepted_socket(
                 lambda: connection, accepted, ssl=context, ssl_handshake_timeout=handshake
             )
         except OSError as error:
             self.on_loss("handshake")
             _log.debug("a TLS handshake failed: %s", error)
+
+    async def _readable(self, accepted: socket.socket) -> None:
+        spoke = asyncio.Event()
+        self._loop.add_reader(accepted, spoke.set)
+        try:
+            await spoke.wait()
+        finally:
+            self._loop.remove_reader(accepted)
 
     def _made(self, connection: "Connection", accepted: socket.socket) -> None:
         if not connection.is_made:

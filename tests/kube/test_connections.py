@@ -408,6 +408,19 @@ async def test_of_strangers_the_one_that_waits_longest_makes_room_for_another(pk
         assert world.losses == {"connections": 1}
 
 
+async def test_who_begins_no_handshake_makes_room_before_those_who_do(pki: Pki) -> None:
+    async with serving(Limits(connections=2), tls=pki.tls) as world:
+        beginning = await world.connect()
+        beginning.writer.write(b"\x16\x03\x01\x02\x00")
+        await asyncio.sleep(SOON)
+        silent = [await world.connect() for _ in range(10)]
+        client = await world.connect(pki.context())
+        assert await client.ask() == ANSWER
+        assert [await lost.rest() for lost in silent] == [b""] * 10
+        assert world.losses == {"connections": 10}
+        assert not beginning.reader.at_eof()
+
+
 async def test_handshakes_under_way_count_and_make_room(pki: Pki) -> None:
     async with serving(Limits(connections=2), tls=pki.tls) as world:
         silent = [await world.connect() for _ in range(2)]
