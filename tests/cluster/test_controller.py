@@ -22,6 +22,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from api.object import format_timestamp
 from api.packetcapture import PacketCapture
+from controller.authority import CertificateAuthority
+from controller.bundles import write_authorities
 from controller.events import Transition, event
 from controller.leadership import Timing
 from hack.clusters.bare import bare_control_plane
@@ -192,6 +194,29 @@ async def test_the_bundle_and_the_path_are_put_where_kube_apiserver_looks_and_pu
     await eventually(all_trust)
     assert await bundle(world) == before
     assert await world.client.get(SECRETS, "kubepcap-ca", namespace="kubepcap")
+
+
+async def test_a_ca_is_withdrawn_when_it_is_taken_out_of_the_secret(world: World) -> None:
+    """The Secret alone is changed, so it is followed. The CA is a further one: the webhook needs that which signed."""
+    await ready(world)
+    further = CertificateAuthority.create(datetime.now(UTC))
+
+    async def is_published() -> bool:
+        bundle = await world.client.get(CONFIGMAPS, "kubepcap-ca", namespace="kubepcap")
+        return further.certificate_pem.decode() in bundle["data"]["ca.crt"]
+
+    async def is_withdrawn() -> bool:
+        return not await is_published()
+
+    added = write_authorities({further.name: further})
+    encoded = {key: base64.b64encode(value).decode() for key, value in added.items()}
+    await world.client.patch(SECRETS, "kubepcap-ca", {"data": encoded}, namespace="kubepcap")
+    await eventually(is_published)
+    await world.client.patch(SECRETS, "kubepcap-ca", {"data": dict.fromkeys(encoded)}, namespace="kubepcap")
+    await eventually(is_withdrawn)
+    secret = await world.client.get(SECRETS, "kubepcap-ca", namespace="kubepcap")
+    assert secret["data"]
+    assert not encoded.keys() & secret["data"].keys()
 
 
 async def test_requests_are_signed_owned_by_our_namespace_and_carry_what_was_checked(world: World) -> None:
