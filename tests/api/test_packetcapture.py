@@ -47,7 +47,7 @@ SOUND = {"selector": "app == 'x'"}
     [
         ({"selector": None}, "spec: give exactly one of selector and podSelector"),
         ({"podSelector": {}}, "spec: give exactly one of selector and podSelector"),
-        ({"selector": "app = 'x'"}, "spec: selector: column 5: unexpected character '='"),
+        ({"selector": "app = 'x'"}, "spec: selector: column 5: unexpected character '=': write =="),
         ({"filters": [{"ports": [70000]}]}, "spec.filters[0].ports[0]: 70000 is no port: ports go from 1 to 65535"),
         ({"filters": [{"ports": [0]}]}, "spec.filters[0].ports[0]: 0 is no port: ports go from 1 to 65535"),
         (
