@@ -18,8 +18,8 @@ PROTOCOLS: Final[Mapping[str, int]] = {"TCP": 6, "UDP": 17, "ICMP": 1, "ICMPv6":
 WITH_PORTS: Final = ("TCP", "UDP", "SCTP")
 """Protocols whose ports libpcap can tell."""
 
-ICMP_TYPES: Final[Mapping[str, Mapping[str, int]]] = {
-    "ICMP": {
+ICMP_TYPES: Final[Mapping[int, Mapping[str, int]]] = {
+    PROTOCOLS["ICMP"]: {
         "echo-reply": 0,
         "destination-unreachable": 3,
         "redirect": 5,
@@ -29,7 +29,7 @@ ICMP_TYPES: Final[Mapping[str, Mapping[str, int]]] = {
         "time-exceeded": 11,
         "parameter-problem": 12,
     },
-    "ICMPv6": {
+    PROTOCOLS["ICMPv6"]: {
         "destination-unreachable": 1,
         "packet-too-big": 2,
         "time-exceeded": 3,
@@ -43,7 +43,7 @@ ICMP_TYPES: Final[Mapping[str, Mapping[str, int]]] = {
         "redirect": 137,
     },
 }
-"""Kinds of messages that can be named (RFC 792, RFC 1256, RFC 4443, RFC 4861)."""
+"""Kinds of messages that can be named, by protocol (RFC 792, RFC 1256, RFC 4443, RFC 4861)."""
 
 _EVERYTHING: Final = "len >= 0"
 _FIRST_FRAGMENT: Final = "ip[6:2] & 0x1fff = 0"
@@ -93,27 +93,18 @@ def expression(filters: Sequence[FilterLike]) -> str:
         elif entry.protocol is None:
             return _EVERYTHING
         elif entry.icmp is not None:
-            messages.add((number(entry.protocol), *_message(number(entry.protocol), entry.icmp)))
+            protocol = number(entry.protocol)
+            kind = entry.icmp.type
+            messages.add((protocol, ICMP_TYPES[protocol][kind] if isinstance(kind, str) else kind, entry.icmp.code))
         else:
             whole.add(number(entry.protocol))
-    alternatives = [f"ip proto {each} or ip6 proto {each}" for each in sorted(whole)]
-    for named, several in ports.items():
-        further = [each for each in named if each not in whole]
-        if further:
-            alternatives.append(_with_ports(further, _merged(several)))
-    alternatives += [_icmp(*each) for each in sorted(messages, key=str) if each[0] not in whole]
-    return " or ".join(alternatives)
-
-
-def icmp_type(protocol: int, kind: str | int) -> int:
-    """The number of a kind of ICMP messages. Raises `KeyError` when the protocol has none of that name."""
-    if isinstance(kind, int):
-        return kind
-    return next(types[kind] for name, types in ICMP_TYPES.items() if PROTOCOLS[name] == protocol)
-
-
-def _message(protocol: int, icmp: ICMPLike) -> tuple[int, int | None]:
-    return icmp_type(protocol, icmp.type), icmp.code
+    return " or ".join(
+        [
+            *(f"ip proto {each} or ip6 proto {each}" for each in sorted(whole)),
+            *(_with_ports(named, _merged(several)) for named, several in ports.items()),
+            *(_icmp(*each) for each in sorted(messages, key=str)),
+        ]
+    )
 
 
 def _icmp(protocol: int, kind: int, code: int | None) -> str:

@@ -127,13 +127,13 @@ class Filter(Model):
     def _messages_fit_the_protocol(self) -> "Filter":
         if self.icmp is None:
             return self
-        number = 0 if self.protocol is None else bpf.number(self.protocol)
-        name = next((name for name in bpf.ICMP_TYPES if bpf.PROTOCOLS[name] == number), None)
-        if name is None:
+        known = None if self.protocol is None else bpf.ICMP_TYPES.get(bpf.number(self.protocol))
+        if known is None:
             raise ValueError("icmp needs protocol ICMP or ICMPv6")
-        known = bpf.ICMP_TYPES[name]
         if isinstance(self.icmp.type, str) and self.icmp.type not in known:
-            raise ValueError(f"{name} has no {self.icmp.type}: give a number, or {', '.join(sorted(known))}")
+            raise ValueError(
+                f"protocol {self.protocol} has no {self.icmp.type}: give a number, or {', '.join(sorted(known))}"
+            )
         return self
 
 

@@ -12,6 +12,7 @@ from agent.pods import Pod, parse_pod
 from agent.reconcile import Capture, CapturePlan, NodeLimits, Pauses, Plan, Verdict, parse_capture
 from api import names, stamp
 from api.capturepolicy import Limits
+from api.labelvalues import ANY, LabelValues
 from api.packetcapture import PacketCapture, PacketCaptureSpec
 
 CREATED = datetime(2026, 12, 1, 10, tzinfo=UTC)
@@ -326,6 +327,9 @@ def test_of_many_pods_only_those_that_changed_are_looked_at_again() -> None:
         def matches(self, labels: Mapping[str, str]) -> bool:
             asked.append(labels["app"])
             return labels["app"] == "web"
+
+        def values_of(self, _: str) -> LabelValues:
+            return ANY
 
     given = capture()
     assert isinstance(given.order, reconcile.Order)

@@ -142,7 +142,7 @@ def test_libpcap_lets_through_what_the_filters_mean(filters: list[dict[str, Any]
         ({"protocol": "TCP", "icmp": {"type": 8}}, "icmp needs protocol ICMP or ICMPv6"),
         (
             {"protocol": "ICMP", "icmp": {"type": "packet-too-big"}},
-            "ICMP has no packet-too-big: give a number, or destination-unreachable, echo-reply, echo-request, "
+            "protocol ICMP has no packet-too-big: give a number, or destination-unreachable, echo-reply, echo-request, "
             "parameter-problem, redirect, router-advertisement, router-solicitation, time-exceeded",
         ),
         (
