@@ -42,8 +42,6 @@ _TOKEN: Final = re.compile(
 _WHITE_SPACE: Final = " \t\r\n"
 _FUNCTIONS: Final = ("all", "global", "has")
 _OPERATIONS: Final = "==, !=, in, not in, contains, starts with or ends with"
-
-
 _CONNECTIVES: Final = {"and": "write &&", "or": "write ||", ",": "write &&"}
 _REMEDIES: Final = {
     "=": "write ==",
@@ -76,9 +74,8 @@ class PodSelector(Protocol):
 class Selector(ABC):
     """A selector of Calico's grammar in its canonical form, which is its text and its identity.
 
-    In that form every negation stands at a label's test, and operands and values are sorted and unique. `parse` reads
-    it back. Selectors of different texts may still mean the same, but what a LabelSelector can say has one form only
-    for one list of requirements.
+    In that form every negation stands at the test of a label, and operands and values are sorted and unique. `parse`
+    reads it back. Selectors that differ may still mean the same.
     """
 
     __slots__ = ("_text",)
@@ -163,10 +160,9 @@ class AllOf(Selector):
     __slots__ = ("operands",)
 
     def __init__(self, operands: Sequence[Selector]) -> None:
-        super().__init__(" && ".join(f"({each})" if isinstance(each, AnyOf) else str(each) for each in operands))
+        texts = (f"({operand})" if isinstance(operand, AnyOf) else str(operand) for operand in operands)
+        super().__init__(" && ".join(texts) or "all()")
         self.operands = tuple(operands)
-        if not operands:
-            self._text = "all()"
 
     def matches(self, labels: Labels) -> bool:
         return all(operand.matches(labels) for operand in self.operands)

@@ -1,7 +1,6 @@
 """libpcap's own compiler, and its interpreter of what it made: which packets a filter lets through."""
 
 import ctypes
-from ctypes.util import find_library
 from typing import Final, Self
 
 ETHERNET: Final = 1
@@ -23,9 +22,7 @@ class _Header(ctypes.Structure):
 
 
 def _load() -> ctypes.CDLL:
-    name = find_library("pcap")
-    assert name is not None, "libpcap is not installed"
-    library = ctypes.CDLL(name)
+    library = ctypes.CDLL("libpcap.so.0.8")  # Debian's name, which the images have too
     library.pcap_open_dead.restype = ctypes.c_void_p
     library.pcap_geterr.restype = ctypes.c_char_p
     library.pcap_geterr.argtypes = (ctypes.c_void_p,)
