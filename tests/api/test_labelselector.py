@@ -11,7 +11,7 @@ from api.labelvalues import LabelValues
 from api.object import explain
 from api.selector import LabelSelector, Selector, parse
 
-MANY = max(3_000, settings().max_examples)
+MANY = max(1_500, settings().max_examples)
 """Random label selectors; --hypothesis-profile=soak makes it 100,000."""
 
 KEYS = ["app", "tier", "example.com/part-of"]

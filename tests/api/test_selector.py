@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from api.labelvalues import LabelValues
 from api.selector import SelectorError, parse
 
-MANY = max(5_000, settings().max_examples)
+MANY = max(3_000, settings().max_examples)
 """Random selectors; --hypothesis-profile=soak makes it 100,000."""
 
 WEB = {"app": "nginx", "tier": "web", "k8s.io/part-of": "shop", "empty": ""}
