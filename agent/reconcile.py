@@ -226,12 +226,13 @@ def plan(
             plans[capture.uid] = CapturePlan(capture, verdict=held_back)
             continue
         order.forget_others(own.keys())
-        matched = [(pod, made) for pod in own.values() if (made := order.of(pod)) is not None]
+        matched = [(pod, found) for pod in own.values() if (found := order.of(pod)) is not None]
         if (pause := paused.of(capture.metadata)) is not None:
             plans[capture.uid] = CapturePlan(capture, len(matched), verdict=pause)
         else:
             opted_out = capture.metadata.namespace in namespaces_opted_out
-            plans[capture.uid] = _plan_pods(capture, matched, opted_out=opted_out)
+            made = _plan_pods(capture, matched, opted_out=opted_out)
+            plans[capture.uid] = _within_policy(made, order.limits.max_pods_per_node, running or {})
     room.reserve(target for each in plans.values() for target in each.targets)
     plans = {uid: room.admit(each) for uid, each in plans.items()}
     targets = {target.id: target for each in plans.values() for target in each.targets}
@@ -324,6 +325,19 @@ def _plan_pods(capture: Capture, matched: list[tuple[Pod, Target | Verdict]], *,
     verdicts = [made for _, made in matched if isinstance(made, Verdict)]
     ending = frozenset(made.id for pod, made in matched if pod.terminating and isinstance(made, Target))
     return CapturePlan(capture, len(matched), tuple(targets), _most_telling(verdicts), ending)
+
+
+def _within_policy(plan: CapturePlan, most: int | None, running: Collection[str]) -> CapturePlan:
+    """The plan without the pods that are more than the policy allows on a node; those that run keep their place."""
+    if most is None or len(plan.targets) <= most:
+        return plan
+    kept = sorted(plan.targets, key=lambda target: target.id not in running)[:most]
+    message = (
+        f"{len(plan.targets) - most} of its pods are not captured, since its policy allows {most} on a node at once "
+        "(limits.maxPodsPerNode)"
+    )
+    verdict = _most_telling([each for each in (plan.verdict, Verdict("Error", "PolicyLimit", message)) if each])
+    return replace(plan, targets=tuple(kept), verdict=verdict)
 
 
 def _most_telling(verdicts: list[Verdict]) -> Verdict | None:

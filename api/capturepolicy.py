@@ -8,6 +8,19 @@ from pydantic import Field
 from api.object import Model, ObjectMeta
 from api.packetcapture import InterfaceName, Ports, Protocol
 from api.quantity import Bytes, Duration
+from api.selector import LabelSelector
+
+LabelKey = Annotated[str, Field(min_length=1, max_length=317)]
+"""A label's key: a name of at most 63 characters, and before it perhaps a domain of at most 253 and a slash."""
+
+
+class ForbiddenLabel(Model):
+    """A label with values that no captured pod may have."""
+
+    key: LabelKey
+    """The label."""
+    values: Annotated[list[Annotated[str, Field(max_length=63)]], Field(min_length=1, max_length=64)]
+    """Its forbidden values."""
 
 
 class SelectorRules(Model):
@@ -15,6 +28,12 @@ class SelectorRules(Model):
 
     allow_empty: bool = False
     """Whether a capture may select pods that have no label at all, as all(), and app != 'x', do."""
+    required_keys: Annotated[list[LabelKey], Field(max_length=16)] = Field(default_factory=list)
+    """Labels whose values a selector must list, with == or in, or in matchLabels: every pod that it could match has
+    each of these labels with a value out of the list."""
+    forbidden: Annotated[list[ForbiddenLabel], Field(max_length=32)] = Field(default_factory=list)
+    """Labels that no captured pod may have. The selector itself must rule them out, as app == 'web' && tier != 'vault'
+    does, so that it stays true for pods that come later."""
 
 
 class FilterRules(Model):
@@ -43,6 +62,12 @@ class Limits(Model):
 
     max_duration: Duration = timedelta(hours=1)
     """Longest time from start to end, such as 1h; a capture without endTime ends then."""
+    require_end_time: bool = False
+    """Whether a capture must say when it ends."""
+    max_start_delay: Duration = timedelta(days=7)
+    """How far ahead a startTime may lie, such as 7d: until then it takes the place of another capture."""
+    max_ttl: Annotated[Duration | None, Field(alias="maxTTL")] = None
+    """Longest ttlSecondsAfterFinished, such as 24h; a capture must then have one. Absent: any, or none."""
     max_file_size: Bytes = 100_000_000
     """Largest rotation.maxFileSize."""
     max_files: Annotated[int, Field(ge=1, le=100)] = 10
@@ -57,6 +82,12 @@ class Limits(Model):
     pauses."""
     max_captures_per_namespace: Annotated[int, Field(ge=1, le=10_000)] = 10
     """Captures under this policy that may be active at once in a namespace; further ones wait."""
+    max_captures_per_user: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    """Captures under this policy that one user may have active at once, in all namespaces; further ones wait. Whoever
+    changed a capture's spec last is its user. Absent: as many as namespaces allow."""
+    max_pods_per_node: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    """Pods that one capture may capture at once on a node; of more, those captured first stay. Each node counts for
+    itself. Absent: as many as the node allows."""
 
 
 class CapturePolicySpec(Model):
@@ -64,6 +95,8 @@ class CapturePolicySpec(Model):
 
     description: Annotated[str, Field(max_length=1024)] = ""
     """For people: what this policy is for."""
+    namespace_selector: LabelSelector | None = None
+    """The labels that a namespace must have for its captures to be allowed by this policy. Absent: any namespace."""
     selectors: SelectorRules = Field(default_factory=SelectorRules)
     """Which selectors are allowed."""
     filters: FilterRules = Field(default_factory=FilterRules)

@@ -2,10 +2,23 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 
-from api.capturepolicy import CapturePolicy, FilterRules, InterfaceRules, Limits
+from api.capturepolicy import CapturePolicy, FilterRules, InterfaceRules, Limits, SelectorRules
 from api.packetcapture import LOOPBACK, Filter, PacketCaptureSpec, format_ports
 from api.quantity import format_duration
+from api.selector import Labels, PodSelector
+
+
+@dataclass(frozen=True, slots=True)
+class Circumstances:
+    """What a verdict depends on beside the spec and the policy."""
+
+    now: datetime
+    created: datetime | None = None
+    """When the capture was created; None for one that is to be created now."""
+    namespace_labels: Labels | None = None
+    """The labels of its namespace; None where no policy in question asks for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,26 +29,27 @@ class Verdict:
     refusals: Mapping[str, str]
 
 
-def judge(spec: PacketCaptureSpec, usable: Iterable[CapturePolicy]) -> Verdict:
+def judge(spec: PacketCaptureSpec, usable: Iterable[CapturePolicy], circumstances: Circumstances) -> Verdict:
     """A capture is allowed if one policy allows all of it; the first by name is taken, so that answers are stable."""
     refusals = {}
     for policy in sorted(usable, key=lambda policy: policy.metadata.name):
-        refusal = refused(spec, policy)
+        refusal = refused(spec, policy, circumstances)
         if refusal is None:
             return Verdict(policy, {})
         refusals[policy.metadata.name] = refusal
     return Verdict(None, refusals)
 
 
-def refused(spec: PacketCaptureSpec, policy: CapturePolicy) -> str | None:
+def refused(spec: PacketCaptureSpec, policy: CapturePolicy, circumstances: Circumstances) -> str | None:
     """The first rule of the policy that refuses the capture, in words that say what to change; None when none does."""
     rules = policy.spec
-    if not rules.selectors.allow_empty and spec.pods().matches({}):
-        return "the selector takes pods without any label too: select by a label that they have"
     return (
-        _filters_refused(spec.filters, rules.filters)
+        _namespace_refused(circumstances.namespace_labels, rules.namespace_selector)
+        or _selector_refused(spec.pods(), rules.selectors)
+        or _filters_refused(spec.filters, rules.filters)
         or _interfaces_refused(spec.interfaces, rules.interfaces)
-        or _limits_refused(spec, rules.limits)
+        or _times_refused(spec, rules.limits, circumstances)
+        or _sizes_refused(spec, rules.limits)
     )
 
 
@@ -52,6 +66,26 @@ def denial(verdict: Verdict, *, user: str, namespace: str, existing: Sequence[st
     )
 
 
+def _namespace_refused(labels: Labels | None, selector: PodSelector | None) -> str | None:
+    if selector is None or (labels is not None and selector.matches(labels)):
+        return None
+    return "its namespaceSelector does not select this namespace"
+
+
+def _selector_refused(selector: PodSelector, rules: SelectorRules) -> str | None:
+    if not rules.allow_empty and selector.matches({}):
+        return "the selector takes pods without any label too: select by a label that they have"
+    for key in rules.required_keys:
+        if not selector.values_of(key).are_pinned:
+            return f"the selector must list the values of label {key}, with == or in: it could match pods with others"
+    for label in rules.forbidden:
+        possible = selector.values_of(label.key)
+        value = next((value for value in label.values if value in possible), None)
+        if value is not None:
+            return f"the selector could match pods with {label.key}={value}, which is forbidden: rule that out in it"
+    return None
+
+
 def _filters_refused(filters: Sequence[Filter], rules: FilterRules) -> str | None:
     names_needed = rules.protocols is not None or rules.allowed_ports is not None or bool(rules.denied_ports)
     if not filters:
@@ -66,25 +100,28 @@ def _filters_refused(filters: Sequence[Filter], rules: FilterRules) -> str | Non
 def _protocol_refused(entry: Filter, rules: FilterRules) -> str | None:
     if rules.protocols is None:
         return None
-    allowed = ", ".join(rules.protocols)
+    allowed = ", ".join(rules.protocols) or "none"
     if entry.protocol is None:
         return f"each filter must name a protocol: {allowed}"
     numbers = {_NUMBERS[name] for name in rules.protocols}
-    number = entry.protocol if isinstance(entry.protocol, int) else _NUMBERS[entry.protocol]
-    return None if number in numbers else f"protocol {entry.protocol} is not allowed: {allowed} are"
+    return None if _number(entry.protocol) in numbers else f"protocol {entry.protocol} is not allowed: {allowed} are"
 
 
 def _ports_refused(entry: Filter, rules: FilterRules) -> str | None:
     if rules.allowed_ports is not None:
-        allowed = ", ".join(str(format_ports(ports)) for ports in rules.allowed_ports)
+        allowed = ", ".join(str(format_ports(ports)) for ports in rules.allowed_ports) or "none"
         if not entry.ports:
             return f"each filter must name ports out of {allowed}"
         for ports in entry.ports:
             if not _within(ports, rules.allowed_ports):
                 return f"port {format_ports(ports)} is not allowed: {allowed} are"
-    if rules.denied_ports and not entry.ports and _may_have_ports(entry):
+    if rules.denied_ports and not entry.ports:
         denied = ", ".join(str(format_ports(ports)) for ports in rules.denied_ports)
-        return f"a filter without ports could take those that are denied ({denied}): name the ports"
+        number = _number(entry.protocol)
+        if number is None or number in _WITH_PORTS:
+            return f"a filter without ports could take those that are denied ({denied}): name the ports"
+        if number not in _WITHOUT_PORTS:
+            return f"protocol {entry.protocol} is not allowed, since it may hold ports that are denied ({denied})"
     for low, high in entry.ports:
         for denied_low, denied_high in rules.denied_ports:
             if low <= denied_high and denied_low <= high:
@@ -104,11 +141,25 @@ def _interfaces_refused(interfaces: Sequence[str], rules: InterfaceRules) -> str
     return None if foreign is None else f"interface {foreign} is not allowed: {allowed} are"
 
 
-def _limits_refused(spec: PacketCaptureSpec, limits: Limits) -> str | None:
-    longest = format_duration(limits.max_duration)
+def _times_refused(spec: PacketCaptureSpec, limits: Limits, circumstances: Circumstances) -> str | None:
     start, end = spec.start_time, spec.end_time
-    if start is not None and end is not None and end - start > limits.max_duration:
-        return f"from startTime to endTime is more than {longest}"
+    if end is None and limits.require_end_time:
+        return "endTime is required"
+    if end is not None and end - (start or circumstances.created or circumstances.now) > limits.max_duration:
+        since = "from startTime to endTime is more than" if start is not None else "endTime is further ahead than"
+        return f"{since} {format_duration(limits.max_duration)}"
+    if start is not None and start - circumstances.now > limits.max_start_delay:
+        return f"startTime is further ahead than {format_duration(limits.max_start_delay)}"
+    if limits.max_ttl is not None:
+        most = limits.max_ttl // timedelta(seconds=1)
+        if spec.ttl_seconds_after_finished is None:
+            return f"ttlSecondsAfterFinished is required, at most {most}"
+        if spec.ttl_seconds_after_finished > most:
+            return f"ttlSecondsAfterFinished is more than {most}"
+    return None
+
+
+def _sizes_refused(spec: PacketCaptureSpec, limits: Limits) -> str | None:
     if spec.rotation.max_file_size > limits.max_file_size:
         return f"rotation.maxFileSize is more than {limits.max_file_size} bytes"
     if spec.rotation.max_files > limits.max_files:
@@ -127,12 +178,12 @@ def _within(ports: tuple[int, int], allowed: Sequence[tuple[int, int]]) -> bool:
     return low > high
 
 
-def _may_have_ports(entry: Filter) -> bool:
-    if entry.protocol is None:
-        return True
-    number = entry.protocol if isinstance(entry.protocol, int) else _NUMBERS[entry.protocol]
-    return number in _WITH_PORTS
+def _number(protocol: str | int | None) -> int | None:
+    return _NUMBERS[protocol] if isinstance(protocol, str) else protocol
 
 
 _NUMBERS = {"ICMP": 1, "TCP": 6, "UDP": 17, "ICMPv6": 58, "SCTP": 132, "UDPLite": 136}
-_WITH_PORTS = {6, 17, 132, 136}
+_WITH_PORTS = {6, 17, 132}
+_WITHOUT_PORTS = {1, 2, 58, 89, 103, 112}
+"""ICMP, IGMP, ICMPv6, OSPF, PIM, VRRP (https://www.iana.org/assignments/protocol-numbers). Others may well hold ports:
+a tunnel's packets do, and so do IPv6 packets that are matched by the number of an extension header."""

@@ -1,4 +1,4 @@
-"""Which captures may run now: as many of one policy in one namespace as the policy allows.
+"""Which captures may run now: as many of one policy in one namespace, and of one user, as the policy allows.
 
 A webhook can't count, since it doesn't see the other one that is created at the same moment. So the leader admits, and
 agents wait for its word.
@@ -52,13 +52,56 @@ def admit(captures: Iterable[PacketCapture], *, already: Collection[str], now: d
             decided[capture.metadata.uid] = inactive
         else:
             waiting.append((capture, given, ends))
-    active: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    active = _Active()
+    left: list[tuple[PacketCapture, stamp.Stamp, datetime | None]] = []
     for capture, given, ends in sorted(waiting, key=lambda entry: _order(entry[0], already)):
-        others = active[given.policy, given.namespace]
-        decided[capture.metadata.uid] = _within_limit(given, others, ends)
-        if decided[capture.metadata.uid].admitted:
-            others.append(capture.metadata.name)
+        if active.obstacle(given) is not None:
+            left.append((capture, given, ends))
+            continue
+        active.add(capture.metadata.name, given)
+        decided[capture.metadata.uid] = Admission(
+            admitted=True, reason="WithinLimit", message=f"policy {given.policy} allows it", ends=ends
+        )
+    for capture, given, ends in left:  # what they wait for is known when all are counted
+        obstacle = active.obstacle(given) or ""
+        decided[capture.metadata.uid] = Admission(admitted=False, reason="QuotaExceeded", message=obstacle, ends=ends)
     return decided
+
+
+class _Active:
+    """The names of the captures that are admitted, as each limit counts them."""
+
+    def __init__(self) -> None:
+        self._of_namespace: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+        self._of_user: defaultdict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
+
+    def add(self, name: str, given: stamp.Stamp) -> None:
+        self._of_namespace[given.policy, given.namespace].append(name)
+        self._of_user[given.policy, given.user].append((given.namespace, name))
+
+    def obstacle(self, given: stamp.Stamp) -> str | None:
+        """Why one more can't be admitted, and what it waits for; None when it can be.
+
+        Who sees the capture may know nothing of other namespaces, so those there are not named.
+        """
+        others = self._of_namespace[given.policy, given.namespace]
+        limit = given.limits.max_captures_per_namespace
+        if len(others) >= limit:
+            return (
+                f"policy {given.policy} allows {limit} active at once in namespace {given.namespace}: "
+                f"it waits until one of them ({_named(others)}) ends, is suspended or is deleted"
+            )
+        theirs = self._of_user[given.policy, given.user]
+        most = given.limits.max_captures_per_user
+        if most is not None and len(theirs) >= most:
+            here = [name for namespace, name in theirs if namespace == given.namespace]
+            elsewhere = ["others elsewhere"] if len(here) < len(theirs) else []
+            which = ", ".join(filter(None, [_named(here), *elsewhere]))
+            return (
+                f"policy {given.policy} allows {most} active at once of user {given.user}: "
+                f"it waits until one of them ({which}) ends, is suspended or is deleted"
+            )
+        return None
 
 
 def _inactive(capture: PacketCapture, ends: datetime | None, now: datetime) -> Admission | None:
@@ -77,13 +120,5 @@ def _order(capture: PacketCapture, already: Collection[str]) -> tuple[bool, date
     return metadata.uid not in already, metadata.creation_timestamp or datetime.max.replace(tzinfo=UTC), metadata.uid
 
 
-def _within_limit(given: stamp.Stamp, others: list[str], ends: datetime | None) -> Admission:
-    limit = given.limits.max_captures_per_namespace
-    if len(others) < limit:
-        return Admission(admitted=True, reason="WithinLimit", message=f"policy {given.policy} allows it", ends=ends)
-    named = ", ".join(sorted(others)[:_NAMED]) + (", …" if len(others) > _NAMED else "")
-    message = (
-        f"policy {given.policy} allows {limit} active at once in namespace {given.namespace}: "
-        f"it waits until one of them ({named}) ends, is suspended or is deleted"
-    )
-    return Admission(admitted=False, reason="QuotaExceeded", message=message, ends=ends)
+def _named(names: Collection[str]) -> str:
+    return ", ".join(sorted(names)[:_NAMED]) + (", …" if len(names) > _NAMED else "")

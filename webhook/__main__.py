@@ -48,6 +48,7 @@ async def main() -> None:
         checks = {
             "certificate": lambda: None if tls.is_usable else "none has been issued yet",
             "policies": lambda: None if admission.policies.is_synced else "they are not known yet",
+            "namespaces": lambda: None if admission.namespaces.is_synced else "they are not known yet",
             "path": lambda: None if path.objects else "the controller has not chosen it yet",
             "shutdown": lambda: "the server is about to stop" if draining.is_set() else None,
         }
@@ -55,6 +56,7 @@ async def main() -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(identity.run(), name="identity")
             tasks.create_task(admission.policies.run(), name="policies")
+            tasks.create_task(admission.namespaces.run(), name="namespaces")
             tasks.create_task(path.run(), name="path")
             async with (
                 listening(health(checks), port=settings.health_port, grace=1, limits=HEALTH_LIMITS),

@@ -1,4 +1,6 @@
-"""Which policies a user may `use`: kube-apiserver's own answer, by RBAC or whatever else authorizes there."""
+"""What a user may do, above all which policies they may `use`: kube-apiserver's own answer, by RBAC or whatever else
+authorizes there.
+"""
 
 import asyncio
 from collections.abc import Callable, Iterable
@@ -34,13 +36,18 @@ class Access:
     async def usable(self, policies: Iterable[CapturePolicy], *, user: User, namespace: str) -> list[CapturePolicy]:
         """Those policies that the user may `use` in the namespace. Raises `StatusError` (500) when it can't be told."""
         asked = list(policies)
+        attributes = {"verb": "use", "group": GROUP, "resource": "capturepolicies", "namespace": namespace}
         answers = await asyncio.gather(
-            *(self._may_use(policy.metadata.name, user=user, namespace=namespace) for policy in asked)
+            *(self._may(user, attributes | {"name": policy.metadata.name}) for policy in asked)
         )
         return [policy for policy, allowed in zip(asked, answers, strict=True) if allowed]
 
-    async def _may_use(self, policy: str, *, user: User, namespace: str) -> bool:
-        spec = _spec(policy, user=user, namespace=namespace)
+    async def may_list_pods(self, *, user: User, namespace: str) -> bool:
+        """Raises `StatusError` (500) when it can't be told."""
+        return await self._may(user, {"verb": "list", "group": "", "resource": "pods", "namespace": namespace})
+
+    async def _may(self, user: User, attributes: Json) -> bool:
+        spec = _spec(user, attributes)
         return await self._answers.get(fingerprint(spec), lambda: self._ask(spec))
 
     async def _ask(self, spec: Json) -> bool:
@@ -51,24 +58,14 @@ class Access:
             return _allowed(answer.get("status"))
         except (StatusError, TimeoutError, ValueError) as error:
             failure = str(error) or "no answer in time"
-            policy = spec["resourceAttributes"]["name"]
-            raise internal_error(
-                f"it can't be told whether {spec['user']} may use policy {policy}: {failure}"
-            ) from error
+            attributes = spec["resourceAttributes"]
+            what = " ".join(attributes[part] for part in ("verb", "resource", "name") if part in attributes)
+            raise internal_error(f"it can't be told whether {spec['user']} may {what}: {failure}") from error
 
 
-def _spec(policy: str, *, user: User, namespace: str) -> Json:
+def _spec(user: User, attributes: Json) -> Json:
     """All of what kube-apiserver decides by."""
-    spec: Json = {
-        "user": user.username,
-        "resourceAttributes": {
-            "verb": "use",
-            "group": GROUP,
-            "resource": "capturepolicies",
-            "name": policy,
-            "namespace": namespace,
-        },
-    }
+    spec: Json = {"user": user.username, "resourceAttributes": attributes}
     if user.uid:
         spec["uid"] = user.uid
     if user.groups:

@@ -6,7 +6,6 @@ wants to find exactly the stamp that it would have given itself.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 
 from pydantic import ValidationError
 
@@ -16,6 +15,7 @@ from api.object import explain, format_timestamp
 from api.packetcapture import PacketCapture
 from api.quantity import format_duration
 from api.stamp import ANNOTATION, Stamp
+from api.verdict import Circumstances
 from kube.status import StatusError, forbidden, internal_error
 from webhook.review import Answer, Request
 from webhook.stamp import Kept, annotation_of, capture_of, issue
@@ -40,13 +40,13 @@ def judge_kept(request: Request, expected: Kept) -> Answer:
     )
 
 
-def judge(request: Request, policies: Policies, *, now: datetime) -> Answer:
+def judge(request: Request, policies: Policies, circumstances: Circumstances) -> Answer:
     """A creation, or an update whose whole spec has to be judged."""
     try:
         capture = capture_of(request)
     except ValidationError as error:
         return Answer(refusal=StatusError(422, explain(error)), audit={"rule": "unreadable"})
-    found = verdict.judge(capture.spec, policies.usable)
+    found = verdict.judge(capture.spec, policies.usable, circumstances)
     if found.policy is None:
         words = verdict.denial(
             found, user=request.user_info.username, namespace=request.namespace, existing=policies.existing
@@ -57,15 +57,19 @@ def judge(request: Request, policies: Policies, *, now: datetime) -> Answer:
     annotation = annotation_of(request.object or {})
     if annotation is None:
         return Answer(refusal=internal_error(_UNSTAMPED), audit={"rule": "unstamped"})
-    policy = _stamped_by(capture, annotation, request, policies.usable)
+    policy = _stamped_by(capture, annotation, request, policies.usable, circumstances)
     if policy is None:
         return Answer(refusal=forbidden(_FOREIGN), audit={"rule": "foreign-stamp"})
-    warnings = _warnings(capture, policy, now=now) if request.operation == "CREATE" else []
+    warnings = _warnings(capture, policy, circumstances) if request.operation == "CREATE" else []
     return Answer(warnings=warnings, audit={"policy": policy.metadata.name, "rule": "allowed"})
 
 
 def _stamped_by(
-    capture: PacketCapture, annotation: str, request: Request, usable: Sequence[CapturePolicy]
+    capture: PacketCapture,
+    annotation: str,
+    request: Request,
+    usable: Sequence[CapturePolicy],
+    circumstances: Circumstances,
 ) -> CapturePolicy | None:
     """The policy that the stamp names, if it allows the capture and the stamp is exactly what it would give.
 
@@ -76,16 +80,16 @@ def _stamped_by(
     except ValidationError:
         return None
     policy = next((policy for policy in usable if policy.metadata.name == name), None)
-    if policy is None or verdict.refused(capture.spec, policy) is not None:
+    if policy is None or verdict.refused(capture.spec, policy, circumstances) is not None:
         return None
     return policy if issue(capture, policy, user=request.user_info).to_annotation() == annotation else None
 
 
-def _warnings(capture: PacketCapture, policy: CapturePolicy, *, now: datetime) -> list[str]:
+def _warnings(capture: PacketCapture, policy: CapturePolicy, circumstances: Circumstances) -> list[str]:
     if capture.spec.end_time is not None:
         return []
     longest = policy.spec.limits.max_duration
-    ends = format_timestamp((capture.starts or now) + longest)
+    ends = format_timestamp((capture.spec.start_time or circumstances.now) + longest)
     return [f"no endTime: capturing ends at {ends}, after {format_duration(longest)} (policy {policy.metadata.name})"]
 
 

@@ -15,7 +15,7 @@ Json = dict[str, Any]
 
 API_VERSION = "admission.k8s.io/v1"
 RESOURCE = "packetcaptures"
-LONGEST_WARNING = 120
+LONGEST_WARNING = 119
 """Characters; kube-apiserver cuts warnings when all of them together are too long."""
 
 
@@ -81,10 +81,14 @@ class Answer:
             response["patchType"] = "JSONPatch"
             response["patch"] = base64.b64encode(json.dumps(list(self.patch)).encode()).decode()
         if self.warnings:
-            response["warnings"] = [warning[:LONGEST_WARNING] for warning in self.warnings]
+            response["warnings"] = [_cut(warning) for warning in self.warnings]
         if self.audit:
             response["auditAnnotations"] = dict(self.audit)
         return {"apiVersion": API_VERSION, "kind": "AdmissionReview", "response": response}
+
+
+def _cut(warning: str) -> str:
+    return warning if len(warning) <= LONGEST_WARNING else f"{warning[: LONGEST_WARNING - 1]}…"
 
 
 def parse(body: bytes) -> Request:

@@ -4,15 +4,19 @@ It denies nothing, so that what is wrong with a capture is said by the schema, o
 whatever stamp the user sent, and gives one to what a policy allows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from pydantic import ValidationError
 
 from api import stamp, verdict
 from api.capturepolicy import CapturePolicy
+from api.object import ObjectMeta
 from api.packetcapture import PacketCapture, PacketCaptureSpec
 from api.stamp import ANNOTATION, Stamp, StampError
+from api.verdict import Circumstances
 from webhook.review import Answer, Request, User
 
 Json = dict[str, Any]
@@ -76,21 +80,20 @@ def issue(capture: PacketCapture, policy: CapturePolicy, *, user: User) -> Stamp
     )
 
 
-def deserved(request: Request, usable: list[CapturePolicy]) -> str | None:
+def deserved(request: Request, usable: Sequence[CapturePolicy], circumstances: Circumstances) -> str | None:
     """The annotation for a capture that has to be judged; None when no policy allows it, or it can't be read."""
     try:
         capture = capture_of(request)
     except ValidationError:
         return None
-    policy = verdict.judge(capture.spec, usable).policy
+    policy = verdict.judge(capture.spec, usable, circumstances).policy
     return None if policy is None else issue(capture, policy, user=request.user_info).to_annotation()
 
 
 def put(request: Request, annotation: str | None) -> Answer:
     """Allow, and see to it that the capture carries exactly this annotation, or none."""
-    metadata = (request.object or {}).get("metadata") or {}
+    annotations = annotations_of(request.object or {})
     path = f"/metadata/annotations/{ANNOTATION.replace('~', '~0').replace('/', '~1')}"
-    annotations = metadata.get("annotations")
     if annotation == (annotations or {}).get(ANNOTATION):
         return Answer()
     if annotation is None:
@@ -107,8 +110,24 @@ def capture_of(request: Request) -> PacketCapture:
     return capture.model_copy(update={"metadata": metadata})
 
 
+def created_of(request: Request) -> datetime | None:
+    """When the capture was created; None for one that is to be created now, whatever it says of itself."""
+    if request.operation != "UPDATE":
+        return None
+    try:
+        return ObjectMeta.model_validate((request.old_object or {}).get("metadata")).creation_timestamp
+    except ValidationError:
+        return None
+
+
 def annotation_of(item: Json) -> str | None:
     """The stamp as it stands on an object, whatever else is wrong with the object."""
-    annotations = (item.get("metadata") or {}).get("annotations") or {}
-    value = annotations.get(ANNOTATION)
+    value = (annotations_of(item) or {}).get(ANNOTATION)
     return value if isinstance(value, str) else None
+
+
+def annotations_of(item: Json) -> Json | None:
+    """The annotations, None where there are none, or something else in their place."""
+    metadata = item.get("metadata")
+    annotations = metadata.get("annotations") if isinstance(metadata, dict) else None
+    return annotations if isinstance(annotations, dict) else None

@@ -404,3 +404,21 @@ def test_a_static_pod_is_known_by_the_uid_that_kubelet_gave_it(mirrored: str, ex
 def test_a_pod_without_status_has_no_address() -> None:
     read = parse_pod({"metadata": {"namespace": "dev", "name": "web-0", "uid": POD_UID}})
     assert (read.addresses, read.phase, read.labels) == ((), "Unknown", {})
+
+
+def test_beyond_the_policys_limit_the_pods_that_run_stay_and_others_wait_for_their_place() -> None:
+    given = capture(limits=Limits(max_pods_per_node=2))
+    made = plan(given, pods=pods(3))
+    assert (len(made.targets), only(made).matched) == (2, 3)
+    assert reasons(made) == {CAPTURE_UID: "PolicyLimit"}
+    last = f"{CAPTURE_UID}/{pods(3)[2].cgroup_uid}"
+    again = plan(given, pods=pods(3), running={last: 1})
+    assert last in again.targets
+    assert len(again.targets) == 2
+    assert only(plan(given, pods=pods(2))).verdict is None
+
+
+def test_the_policys_limit_is_each_captures_own() -> None:
+    other = capture(metadata={"uid": OTHER_UID}, limits=Limits(max_pods_per_node=3))
+    made = plan(capture(limits=Limits(max_pods_per_node=1)), other, pods=pods(3))
+    assert {each.capture.uid: len(each.targets) for each in made.captures} == {CAPTURE_UID: 1, OTHER_UID: 3}

@@ -26,6 +26,8 @@ def capture(
     created: datetime = START,
     policy: str | None = "baseline",
     limit: int = 2,
+    user: str = "alice",
+    user_limit: int | None = None,
     namespace: str = "dev",
     status: Json | None = None,
     deleted: bool = False,
@@ -47,9 +49,9 @@ def capture(
     }
     if policy is not None:
         stamp = Stamp(
-            user="alice",
+            user=user,
             policy=policy,
-            limits=Limits(max_captures_per_namespace=limit),
+            limits=Limits(max_captures_per_namespace=limit, max_captures_per_user=user_limit),
             namespace=namespace,
             spec_hash=spec_hash(PacketCapture.model_validate(item).spec),
         )

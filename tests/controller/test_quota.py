@@ -59,6 +59,32 @@ def test_policies_and_namespaces_are_counted_apart() -> None:
     assert admitted(*captures) == ["a", "b", "c"]
 
 
+def test_those_of_one_user_are_counted_in_all_namespaces_and_for_each_policy() -> None:
+    captures = [
+        capture("a", user_limit=2),
+        capture("b", user_limit=2, namespace="prod"),
+        capture("c", user_limit=2, user="bob"),
+        capture("d", user_limit=2, policy="other"),
+        capture("e", user_limit=2, namespace="test", created=after(seconds=1)),
+    ]
+    assert admitted(*captures) == ["a", "b", "c", "d"]
+
+
+def test_who_waits_for_the_users_limit_is_told_nothing_of_other_namespaces() -> None:
+    there = [capture("secret", user_limit=2, namespace="prod"), capture("hidden", user_limit=2, namespace="prod")]
+    later = capture("later", user_limit=2, created=after(seconds=1))
+    words = "policy baseline allows 2 active at once of user alice: it waits until one of them ({}) ends, "
+    assert decision(*there, later).message == words.format("others elsewhere") + "is suspended or is deleted"
+    mixed = [there[0], capture("mine", user_limit=2), later]
+    assert decision(*mixed).message.startswith(words.format("mine, others elsewhere"))
+    assert decision(*mixed).reason == "QuotaExceeded"
+
+
+def test_without_a_limit_for_users_namespaces_alone_count() -> None:
+    captures = [capture(name, namespace=name) for name in "abcdef"]
+    assert admitted(*captures) == list("abcdef")
+
+
 @pytest.mark.parametrize(
     ("other", "reason"),
     [
@@ -89,6 +115,45 @@ def test_a_stamp_that_does_not_fit_says_why() -> None:
     assert not decision(foreign).is_obeyable
     unreadable = good.metadata.model_copy(update={"annotations": {ANNOTATION: "{"}})
     assert decision(good.model_copy(update={"metadata": unreadable})).reason == "StampUnreadable"
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 3), st.sampled_from(["p", "q"]), st.sampled_from(["dev", "prod"]), st.sampled_from("ab")
+        ),
+        max_size=12,
+    ),
+    st.sets(st.integers(0, 11)),
+    st.integers(1, 3),
+    st.integers(1, 4),
+)
+def test_no_limit_is_ever_passed_and_who_waits_waits_for_one(
+    made: list[tuple[int, str, str, str]], already: set[int], limit: int, user_limit: int
+) -> None:
+    captures = [
+        capture(
+            f"c{number}",
+            created=after(seconds=second),
+            policy=policy,
+            namespace=namespace,
+            user=user,
+            limit=limit,
+            user_limit=user_limit,
+        )
+        for number, (second, policy, namespace, user) in enumerate(made)
+    ]
+    decided = admit(captures, already=[f"uid-c{number}" for number in already], now=after(seconds=5))
+    running = [facts for number, (_, *facts) in enumerate(made) if decided[f"uid-c{number}"].admitted]
+    for number, (_, policy, namespace, user) in enumerate(made):
+        in_namespace = sum(facts[:2] == [policy, namespace] for facts in running)
+        of_user = sum([facts[0], facts[2]] == [policy, user] for facts in running)
+        assert in_namespace <= limit
+        assert of_user <= user_limit
+        if not decided[f"uid-c{number}"].admitted:
+            assert in_namespace == limit or of_user == user_limit
+    again = admit(captures, already=[uid for uid, one in decided.items() if one.admitted], now=after(seconds=6))
+    assert again == decided
 
 
 @given(

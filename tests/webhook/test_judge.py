@@ -1,23 +1,25 @@
 """Verdicts: what is refused, in which words, and that only our own stamp passes."""
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from api.stamp import ANNOTATION
+from api.verdict import Circumstances
 from tests.webhook.cases import ALICE, annotation, capture, create, policy, stamped, update
 from webhook.judge import Policies, judge, judge_kept
 from webhook.review import Answer, User
 from webhook.stamp import kept
 
-NOW = datetime(2030, 1, 1, tzinfo=UTC)
+NOW = Circumstances(now=datetime(2030, 1, 1, tzinfo=UTC))
 BASELINE = policy("baseline", limits={"maxDuration": "24h"})
+LATER = Circumstances(now=datetime(2030, 1, 2, tzinfo=UTC), created=NOW.now)
 NO_SSH = policy("web", filters={"deniedPorts": [22]})
 
 
 def verdict(item: dict[str, Any], *usable: Any, existing: tuple[str, ...] = ("baseline",), **more: Any) -> Answer:
-    return judge(create(item), Policies(usable=usable, existing=existing, **more), now=NOW)
+    return judge(create(item), Policies(usable=usable, existing=existing, **more), NOW)
 
 
 def words(answer: Answer) -> tuple[int, str]:
@@ -36,8 +38,8 @@ def test_a_capture_without_an_end_is_warned_when_it_will_end() -> None:
     assert verdict(stamped(by=BASELINE), BASELINE).warnings == [
         "no endTime: capturing ends at 2030-01-02T00:00:00Z, after 24h0m0s (policy baseline)"
     ]
-    later = stamped(by=BASELINE, startTime="2030-02-01T00:00:00Z")
-    assert "2030-02-02T00:00:00Z" in verdict(later, BASELINE).warnings[0]
+    later = stamped(by=BASELINE, startTime="2030-01-05T00:00:00Z")
+    assert "2030-01-06T00:00:00Z" in verdict(later, BASELINE).warnings[0]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +116,7 @@ def test_an_update_is_judged_by_the_rights_of_who_updates() -> None:
     new = stamped(user="bob", by=BASELINE, selector='app == "db"')
     request = update(old, new, user=User(username="mallory"))
     assert kept(request) is None
-    assert words(judge(request, Policies(usable=[], existing=["baseline"]), now=NOW))[0] == 403
+    assert words(judge(request, Policies(usable=[], existing=["baseline"]), NOW))[0] == 403
 
 
 def test_a_free_update_passes_with_the_stamp_it_had_and_no_other() -> None:
@@ -129,6 +131,6 @@ def test_a_free_update_passes_with_the_stamp_it_had_and_no_other() -> None:
 
 def test_a_warning_is_given_once_at_creation() -> None:
     request = update(stamped(by=BASELINE, suspend=True), stamped(by=BASELINE))
-    answer = judge(request, Policies(usable=[BASELINE], existing=["baseline"]), now=NOW + timedelta(1))
+    answer = judge(request, Policies(usable=[BASELINE], existing=["baseline"]), LATER)
     assert answer.refusal is None
     assert answer.warnings == []

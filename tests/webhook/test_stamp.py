@@ -1,21 +1,24 @@
 """What stamp a capture gets: never the user's own, and only what a policy allows."""
 
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from api.packetcapture import PacketCaptureSpec
 from api.stamp import ANNOTATION, check
+from api.verdict import Circumstances
 from tests.webhook.cases import ALICE, annotation, capture, create, patched, policy, stamped, update
 from webhook.stamp import annotation_of, capture_of, deserved, kept, only_ends, put
 
+NOW = Circumstances(now=datetime(2030, 1, 1, tzinfo=UTC))
 BASELINE = policy("baseline")
 NO_SSH = policy("a-no-ssh", filters={"deniedPorts": [22]})
 
 
 def test_an_allowed_capture_gets_a_stamp_that_fits() -> None:
     request = create(capture())
-    given = put(request, deserved(request, [BASELINE]))
+    given = put(request, deserved(request, [BASELINE], NOW))
     result = patched(capture(), given.patch)
     stamp = check(capture_of(create(result)))
     assert (stamp.user, stamp.policy, stamp.namespace) == ("alice", "baseline", "dev")
@@ -25,8 +28,8 @@ def test_an_allowed_capture_gets_a_stamp_that_fits() -> None:
 def test_the_first_policy_by_name_that_allows_it_is_named() -> None:
     allowed = create(capture(filters=[{"protocol": "TCP", "ports": [80]}]))
     denied = create(capture(filters=[{"protocol": "TCP", "ports": [22]}]))
-    assert '"policy":"a-no-ssh"' in (deserved(allowed, [BASELINE, NO_SSH]) or "")
-    assert '"policy":"baseline"' in (deserved(denied, [BASELINE, NO_SSH]) or "")
+    assert '"policy":"a-no-ssh"' in (deserved(allowed, [BASELINE, NO_SSH], NOW) or "")
+    assert '"policy":"baseline"' in (deserved(denied, [BASELINE, NO_SSH], NOW) or "")
 
 
 @pytest.mark.parametrize(
@@ -42,7 +45,7 @@ def test_the_first_policy_by_name_that_allows_it_is_named() -> None:
 )
 def test_what_is_not_allowed_gets_none_and_is_not_denied_here(spec: dict[str, Any], usable: list[Any]) -> None:
     request = create(capture(stamp="mine", **spec))
-    given = put(request, deserved(request, usable))
+    given = put(request, deserved(request, usable, NOW))
     assert given.refusal is None
     assert annotation_of(patched(request.object or {}, given.patch)) is None
 
@@ -50,7 +53,7 @@ def test_what_is_not_allowed_gets_none_and_is_not_denied_here(spec: dict[str, An
 def test_a_stamp_that_the_user_sent_is_replaced() -> None:
     forged = annotation(capture(), user="someone-else", by=BASELINE)
     request = create(capture(stamp=forged))
-    given = put(request, deserved(request, [BASELINE]))
+    given = put(request, deserved(request, [BASELINE], NOW))
     assert annotation_of(patched(request.object or {}, given.patch)) == annotation(capture(), by=BASELINE)
 
 
@@ -58,13 +61,13 @@ def test_other_annotations_stay() -> None:
     item = capture()
     item["metadata"]["annotations"] = {"a/b": "c"}
     request = create(item)
-    result = patched(item, put(request, deserved(request, [BASELINE])).patch)
+    result = patched(item, put(request, deserved(request, [BASELINE], NOW)).patch)
     assert result["metadata"]["annotations"].keys() == {"a/b", ANNOTATION}
 
 
 def test_nothing_is_patched_when_the_stamp_is_right() -> None:
     request = create(stamped(by=BASELINE))
-    assert put(request, deserved(request, [BASELINE])).patch == ()
+    assert put(request, deserved(request, [BASELINE], NOW)).patch == ()
 
 
 def test_an_update_that_leaves_the_spec_alone_keeps_the_stamp() -> None:
