@@ -19,6 +19,9 @@ GROUP = "kubepcap.io"
 SUBRESOURCES_GROUP = "subresources.kubepcap.io"
 VERSION = "v1"
 
+_MOST_PROBLEMS = 10
+"""Told of one value; who has more of them than that has written something else."""
+
 
 def format_timestamp(moment: datetime) -> str:
     """`metav1.Time`: RFC 3339, UTC, whole seconds."""
@@ -85,11 +88,14 @@ class Condition(Model):
 
 def explain(error: ValidationError, *, root: str = "") -> str:
     """What is wrong with a value from outside, in words a person can act on: `spec.filters[0].ports[0]: …`."""
+    problems = error.errors(include_url=False, include_context=False, include_input=False)
     lines = []
-    for problem in error.errors(include_url=False, include_context=False, include_input=False):
+    for problem in problems[:_MOST_PROBLEMS]:
         path = root
         for part in problem["loc"]:
             path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
         message = problem["msg"].removeprefix("Value error, ")
         lines.append(f"{path}: {message}" if path else message)
+    if len(problems) > _MOST_PROBLEMS:
+        lines.append(f"and {len(problems) - _MOST_PROBLEMS} more problems")
     return "; ".join(lines)

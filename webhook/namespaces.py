@@ -26,6 +26,9 @@ class Namespaces:
     def is_synced(self) -> bool:
         return self._cache.is_synced
 
+    async def synced(self) -> None:
+        await self._cache.synced()
+
     async def run(self) -> NoReturn:
         await self._cache.run()
 

@@ -92,6 +92,8 @@ def deserved(request: Request, usable: Sequence[CapturePolicy], circumstances: C
 
 def put(request: Request, annotation: str | None) -> Answer:
     """Allow, and see to it that the capture carries exactly this annotation, or none."""
+    if not isinstance((request.object or {}).get("metadata"), dict):
+        return Answer()  # no place for it: the validating half says so
     annotations = annotations_of(request.object or {})
     path = f"/metadata/annotations/{ANNOTATION.replace('~', '~0').replace('/', '~1')}"
     if annotation == (annotations or {}).get(ANNOTATION):

@@ -172,8 +172,6 @@ def _times_are_denied(spec: Json, limits: Json, now: int) -> bool:
 
 def _sizes_are_denied(spec: Json, limits: Json) -> bool:
     rotation = spec.get("rotation", {})
-    return (
-        rotation.get("maxFileSize", 10_000_000) > limits.get("maxFileSize", 100_000_000)
-        or rotation.get("maxFiles", 2) > limits.get("maxFiles", 10)
-        or spec.get("snapLength", 262144) > limits.get("maxSnapLength", 262144)
-    )
+    asked = (rotation.get("maxFileSize", 10_000_000), rotation.get("maxFiles", 2), spec.get("snapLength", 262144))
+    most = (limits.get("maxFileSize", 100_000_000), limits.get("maxFiles", 10), limits.get("maxSnapLength", 262144))
+    return any(one > limit for one, limit in zip(asked, most, strict=True))

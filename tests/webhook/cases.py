@@ -1,5 +1,7 @@
 """Requests and policies as the tests need them."""
 
+import base64
+import json
 from copy import deepcopy
 from typing import Any
 
@@ -64,6 +66,11 @@ def patched(item: Json, patch: Any) -> Json:
         else:
             target[last] = step["value"]
     return item
+
+
+def patched_by(item: Any, response: Json) -> Any:
+    """The object after what the webhook answered."""
+    return patched(item, json.loads(base64.b64decode(response["patch"]))) if "patch" in response else item
 
 
 def _request(operation: str, item: Json, old: Json | None, user: User) -> Request:
