@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +23,14 @@ from kube.client import (
     CAPTUREPOLICIES,
     MUTATINGWEBHOOKCONFIGURATIONS,
     NAMESPACES,
+    PODS,
     VALIDATINGWEBHOOKCONFIGURATIONS,
     Client,
     Json,
     Resource,
 )
 from kube.serve import listening
+from tests.api.test_verdict import TABLE
 from webhook.admission import Admission
 from webhook.server import application
 
@@ -37,7 +39,11 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 PATH = "0123456789abcdef0123456789abcdef"
 SHIPPED = Path(__file__).parents[2] / "manifests" / "webhookconfigurations.yaml"
 LABEL = {"judged-by": "test-webhook"}
+SERVICEACCOUNTS = Resource("", "v1", "serviceaccounts", "ServiceAccount", namespaced=True)
 ROLES = Resource("rbac.authorization.k8s.io", "v1", "clusterroles", "ClusterRole", namespaced=False)
+CLUSTERROLEBINDINGS = Resource(
+    "rbac.authorization.k8s.io", "v1", "clusterrolebindings", "ClusterRoleBinding", namespaced=False
+)
 ROLEBINDINGS = Resource("rbac.authorization.k8s.io", "v1", "rolebindings", "RoleBinding", namespaced=True)
 CONFIGURATIONS = {"stamp": MUTATINGWEBHOOKCONFIGURATIONS, "judge": VALIDATINGWEBHOOKCONFIGURATIONS}
 PATIENCE = 30.0
@@ -67,9 +73,14 @@ class World:
 
     async def kubectl(self, *arguments: str, user: str = "alice", given: Json | None = None) -> Said:
         groups = ("system:masters",) if user == "admin" else ()
+        return await self.kubectl_as(
+            [f"--kubeconfig={self.plane.kubeconfig_for(user, *groups)}"], *arguments, given=given
+        )
+
+    async def kubectl_as(self, identity: Sequence[str], *arguments: str, given: Json | None = None) -> Said:
         process = await asyncio.create_subprocess_exec(
             self.plane.kubectl,
-            f"--kubeconfig={self.plane.kubeconfig_for(user, *groups)}",
+            *identity,
             *arguments,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
@@ -132,9 +143,10 @@ async def world(crds: BareControlPlane) -> AsyncIterator[World]:
         world = World(crds, client, Authority.create("test-webhook"))
         await _install(client)
         admission = Admission(client)
-        following = asyncio.create_task(admission.policies.run(), name="policies")
-        stack.callback(following.cancel)
-        await admission.policies.synced()
+        for cache in (admission.policies, admission.namespaces):
+            following = asyncio.create_task(cache.run(), name="following")
+            stack.callback(following.cancel)
+            await cache.synced()
         tls = ServerTLS(client_certificates="none")
         pair = world.authority.issue("webhook", hosts=["127.0.0.1"])
         tls.use(key_pair=KeyPair.of(certificate=pair.certificate, key=pair.key))
@@ -167,33 +179,35 @@ async def _install(client: Client) -> None:
         "test-user-of-web": {"resources": ["capturepolicies"], "resourceNames": ["web"], "verbs": ["use"]},
     }
     for name, rule in roles.items():
-        await client.create(
-            ROLES,
-            {
-                "apiVersion": ROLES.api_version,
-                "kind": ROLES.kind,
-                "metadata": {"name": name},
-                "rules": [{"apiGroups": ["kubepcap.io"], **rule}],
-            },
-        )
-    bindings = [
-        ("judged", "test-capturer", "alice"),
-        ("judged", "test-capturer", "bob"),
-        ("judged-too", "test-capturer", "alice"),
-        ("judged", "test-user-of-web", "alice"),
-    ]
-    for namespace, role, user in bindings:
-        await client.create(
-            ROLEBINDINGS,
-            {
-                "apiVersion": ROLEBINDINGS.api_version,
-                "kind": ROLEBINDINGS.kind,
-                "metadata": {"generateName": "test-"},
-                "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": role},
-                "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": user}],
-            },
-            namespace=namespace,
-        )
+        await grant(client, name, rule)
+    for user, namespace, role in [
+        ("alice", "judged", "test-capturer"),
+        ("bob", "judged", "test-capturer"),
+        ("alice", "judged-too", "test-capturer"),
+        ("alice", "judged", "test-user-of-web"),
+    ]:
+        await bind(client, role, {"kind": "User", "name": user}, namespace=namespace)
+
+
+async def grant(client: Client, name: str, rule: Json) -> None:
+    """A ClusterRole with one rule, of our group if it names no other."""
+    rules = [{"apiGroups": ["kubepcap.io"], **rule}]
+    body = {"apiVersion": ROLES.api_version, "kind": ROLES.kind, "metadata": {"name": name}, "rules": rules}
+    await client.create(ROLES, body)
+
+
+async def bind(client: Client, role: str, subject: Json, *, namespace: str | None) -> None:
+    """Give the subject a ClusterRole in a namespace, or everywhere."""
+    resource = CLUSTERROLEBINDINGS if namespace is None else ROLEBINDINGS
+    group = {} if subject["kind"] == "ServiceAccount" else {"apiGroup": "rbac.authorization.k8s.io"}
+    body = {
+        "apiVersion": resource.api_version,
+        "kind": resource.kind,
+        "metadata": {"generateName": "test-"},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": role},
+        "subjects": [subject | group],
+    }
+    await client.create(resource, body, namespace=namespace)
 
 
 async def test_a_capture_is_stamped_with_who_and_by_which_policy(world: World) -> None:
@@ -317,6 +331,113 @@ async def test_what_was_created_while_no_webhook_stood_guard_is_never_stamped(wo
     with pytest.raises(StampError) as refusal:
         check(await world.get("unguarded"))
     assert refusal.value.reason == "NotStamped"
+
+
+class Identities:
+    """Users of every kind that Kubernetes knows, each with a right to use one policy in the namespace `tabled`."""
+
+    KINDS = ("user", "group", "everywhere", "service account", "impersonated")
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    async def make(self, kind: str, name: str, *, role: str) -> Sequence[str]:
+        """Grant the role; returns what makes kubectl this user."""
+        plane, client = self._world.plane, self._world.client
+        user = {"kind": "User", "name": name}
+        match kind:
+            case "group":
+                subject: Json = {"kind": "Group", "name": f"group-of-{name}"}
+                identity = [f"--kubeconfig={plane.kubeconfig_for(name, subject['name'])}"]
+            case "service account":
+                subject = {"kind": "ServiceAccount", "name": name, "namespace": "tabled"}
+                account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name}}
+                await client.create(SERVICEACCOUNTS, account, namespace="tabled")
+                request = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}}
+                token = (
+                    await client.create(SERVICEACCOUNTS, request, namespace="tabled", name=name, subresource="token")
+                )["status"]["token"]
+                ca = plane.directory / "pki" / "ca.crt"
+                identity = [
+                    "--kubeconfig=/dev/null",
+                    f"--server={plane.url}",
+                    f"--certificate-authority={ca}",
+                    f"--token={token}",
+                ]
+            case "impersonated":
+                subject, identity = user, [f"--kubeconfig={plane.kubeconfig}", f"--as={name}"]
+            case _:
+                subject, identity = user, [f"--kubeconfig={plane.kubeconfig_for(name)}"]
+        for bound in ("test-capturer", role):
+            await bind(client, bound, subject, namespace=None if kind == "everywhere" else "tabled")
+        return identity
+
+
+SAMPLE = [case for name, cases in TABLE.items() if name != "times" for case in cases[1::8]]
+"""Of the table of verdicts; its times are those of a clock that stands."""
+
+
+async def test_a_sample_of_the_table_of_verdicts_holds_for_users_of_every_kind(world: World) -> None:
+    labels = LABEL | {"team": "web"}
+    await world.client.create(
+        NAMESPACES, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "tabled", "labels": labels}}
+    )
+    identities = Identities(world)
+    users = []
+    for number, (rules, _, _) in enumerate(SAMPLE):
+        policy = {"apiVersion": "kubepcap.io/v1", "kind": "CapturePolicy", "metadata": {"name": f"row-{number}"}}
+        await world.client.create(CAPTUREPOLICIES, policy | {"spec": rules})
+        may = {"resources": ["capturepolicies"], "resourceNames": [f"row-{number}"], "verbs": ["use"]}
+        await grant(world.client, f"test-row-{number}", may)
+        kind = identities.KINDS[number % len(identities.KINDS)]
+        users.append(await identities.make(kind, f"row-{number}-user", role=f"test-row-{number}"))
+    try:
+        for number, ((_, fields, refusal), user) in enumerate(zip(SAMPLE, users, strict=True)):
+            spec = {key: value for key, value in fields.items() if value is not None}
+            given = capture("row", namespace="tabled", **spec)
+            dry_run = ("create", "--dry-run=server", "--filename=-", "--output=json")
+            said = await world.kubectl_as(user, *dry_run, given=given)
+            for _ in range(round(PATIENCE / 0.5)):
+                if "may use no CapturePolicy" not in said.err and "cannot create resource" not in said.err:
+                    break
+                await asyncio.sleep(0.5)  # what was granted a moment ago
+                said = await world.kubectl_as(user, *dry_run, given=given)
+            if refusal is None:
+                assert said.code == 0, (SAMPLE[number], said)
+                assert said.stamp["policy"] == f"row-{number}"
+            else:
+                assert said.code != 0, (SAMPLE[number], said)
+                assert f"denied the request: policy row-{number}: {refusal}" in said.err, (SAMPLE[number], said)
+    finally:
+        for number in range(len(SAMPLE)):
+            await world.client.delete(CAPTUREPOLICIES, f"row-{number}")
+
+
+async def test_who_may_list_pods_is_warned_that_none_is_matched_and_others_are_not(world: World) -> None:
+    item = capture("unmatched", filters=TCP_80, endTime="2020-01-01T00:00:00Z")
+    said = await world.create(item, "--dry-run=server")
+    assert (said.code, said.err) == (0, "")
+    await grant(world.client, "test-viewer", {"apiGroups": [""], "resources": ["pods"], "verbs": ["list"]})
+    await bind(world.client, "test-viewer", {"kind": "User", "name": "alice"}, namespace="judged")
+    for _ in range(round(PATIENCE / 0.5)):
+        said = await world.create(item, "--dry-run=server")
+        if said.err:
+            break
+        await asyncio.sleep(0.5)  # a denial is remembered for two seconds
+    assert said.err == "Warning: the selector matches no pod of namespace judged now\n"
+    pod = {"metadata": {"name": "nginx", "labels": {"app": "nginx"}}}
+    containers = [{"name": "nginx", "image": "x", "ports": [{"containerPort": 8080}]}]
+    spec = {"containers": containers, "automountServiceAccountToken": False}
+    # Without its ServiceAccount no pod is made, and here nothing makes those.
+    account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "default"}}
+    await world.client.create(SERVICEACCOUNTS, account, namespace="judged")
+    await world.client.create(PODS, {"apiVersion": "v1", "kind": "Pod", **pod, "spec": spec}, namespace="judged")
+    for _ in range(round(PATIENCE / 0.5)):
+        said = await world.create(item, "--dry-run=server")
+        if "declares" in said.err:
+            break
+        await asyncio.sleep(0.5)  # pods are looked at every two seconds
+    assert said.err == "Warning: no container of the selected pods declares port 80: is that the port meant?\n"
 
 
 async def test_without_the_webhook_nothing_is_created_and_everything_can_be_deleted(world: World) -> None:
