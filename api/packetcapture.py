@@ -1,6 +1,7 @@
 """`PacketCapture`: which packets of which pods, when, and how they are kept."""
 
 from datetime import datetime
+from functools import lru_cache
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_validator
@@ -102,6 +103,12 @@ class ICMP(Model):
     """Such as echo-request, echo-reply, destination-unreachable, time-exceeded, or a number from 0 to 255."""
     code: Annotated[int, Field(ge=0, le=255)] | None = None
     """A kind within the type, such as 4 (fragmentation needed) of destination-unreachable. Absent: any."""
+
+
+@lru_cache(maxsize=64)
+def _selector(text: str) -> PodSelector:
+    """Read once for the many policies that one capture is judged by."""
+    return parse(text)
 
 
 class Filter(Model):
@@ -218,7 +225,7 @@ class PacketCaptureSpec(Model):
         """The selector, whichever of the two is given."""
         if self.pod_selector is not None:
             return self.pod_selector
-        return parse(self.selector or "")
+        return _selector(self.selector or "")
 
     def filter_expression(self) -> str:
         """What libpcap compiles."""

@@ -7,10 +7,10 @@ import signal
 import subprocess
 import sys
 
-from hack.benchmarks import api, capture, idle, scale, start
+from hack.benchmarks import api, capture, idle, scale, start, webhook
 from hack.clusters.failure import Failure
 
-BENCHMARKS = {"capture": capture, "idle": idle, "start": start, "scale": scale, "api": api}
+BENCHMARKS = {"capture": capture, "idle": idle, "start": start, "scale": scale, "api": api, "webhook": webhook}
 
 
 def main() -> None:
