@@ -91,7 +91,7 @@ def measure_reviews(pid: int, port: int, authority: Authority, outcome: Outcome,
                 ca=authority.certificate.decode(),
                 rate=arguments.rate,
                 seconds=seconds,
-                bodies=list(_bodies()),
+                bodies=list(bodies()),
             )
         )
 
@@ -223,7 +223,7 @@ def _policies() -> list[Json]:
     ]
 
 
-def _bodies() -> Iterator[tuple[str, str]]:
+def bodies() -> Iterator[tuple[str, str]]:
     """Each capture of each user is stamped and judged."""
     policy = CapturePolicy.model_validate(_policies()[-1])
     for user in range(_USERS):

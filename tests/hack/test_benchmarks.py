@@ -4,6 +4,7 @@ Nothing here is timed, and the runs are as small as they can be.
 """
 
 import asyncio
+import itertools
 import json
 import subprocess
 import sys
@@ -16,18 +17,24 @@ import pytest
 from agent.capturer.protocol import State
 from api.capturenode import NodeCapture
 from api.packetcapture import PacketCaptureStatus, Phase
-from hack.benchmarks import api, capture, engines, process, scale
+from hack.benchmarks import api, capture, engines, process, scale, webhook
+from hack.benchmarks.admission import PATH
 from hack.benchmarks.caller import Calls, call
 from hack.benchmarks.machine import Machine
 from hack.benchmarks.outcome import Cell, Goal, Outcome, Spread, table
+from hack.benchmarks.reviewer import Reviews, send
 from hack.benchmarks.wire import Counted, Sent, count, wire
 from hack.clusters.failure import Failure
 from hack.clusters.pki import Authority
 from kube.certificates import KeyPair, ServerTLS
+from kube.client import CAPTUREPOLICIES
 from kube.serve import health, listening
 from tests.agent.world import Capturer
 from tests.faults import scenario
 from tests.faults.scenario import Round, Victim
+from tests.webhook.standin import KubeApiserver
+from webhook.admission import Admission
+from webhook.server import application
 
 PACKETS = 5_000
 RUN = capture.Run(
@@ -385,6 +392,33 @@ async def test_every_call_of_an_api_is_timed_and_its_answer_counted(tmp_path: Pa
         missed = await asyncio.to_thread(call, replace(calls, path="/none"))
     assert (len(called.times), called.codes) == (10, {"200": 10})
     assert missed.codes == {"404": 10}
+
+
+async def test_every_review_is_timed_and_its_verdict_counted() -> None:
+    authority = Authority.create("bench")
+    pair = authority.issue("webhook", hosts=["127.0.0.1"])
+    tls = ServerTLS(client_certificates="none")
+    tls.use(key_pair=KeyPair.of(certificate=pair.certificate, key=pair.key))
+    api = KubeApiserver()
+    api.add(CAPTUREPOLICIES, "p4", spec={"filters": {"deniedPorts": [22]}})
+    admission = Admission(api.client)
+    following = asyncio.create_task(admission.policies.run(), name="policies")
+    await admission.policies.synced()
+    app = application(admission, paths=lambda: frozenset({PATH}))
+    given = list(itertools.islice(webhook.bodies(), 4))
+    async with listening(app, host="127.0.0.1", port=0, tls=tls, grace=0) as port:
+        reviews = Reviews(
+            url=f"https://127.0.0.1:{port}",
+            ca=authority.certificate.decode(),
+            rate=100,
+            seconds=0.06,
+            bodies=[*given, ("/judge/elsewhere", "{}"), (f"/judge/{PATH}", given[0][1])],
+        )
+        made = await send(Reviews.parse(reviews.to_json()))
+    following.cancel()
+    assert len(made.times) == 6
+    # The last is judged without having been stamped.
+    assert made.verdicts == {"allowed": 4, "refused with 404": 1, "refused with 500": 1}
 
 
 def test_a_percentile_is_one_of_the_values() -> None:
