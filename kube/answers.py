@@ -63,13 +63,15 @@ class Answers(Generic[K, V]):
     def __len__(self) -> int:
         return len(self._kept)
 
+    def kept(self, key: K) -> V | None:
+        """The answer, if one is kept."""
+        kept = self._fresh(key)
+        return None if kept is None else kept.value
+
     async def get(self, key: K, ask: Callable[[], Awaitable[V]]) -> V:
         """The kept answer, or what `ask` gives. Raises what `ask` raises."""
-        if (kept := self._kept.get(key)) is not None:
-            if self._clock() < kept.until:
-                self._kept.move_to_end(key)
-                return kept.value
-            self._drop(key)
+        if (kept := self._fresh(key)) is not None:
+            return kept.value
         flight = self._flights.setdefault(key, _Flight())
         flight.waiting += 1
         try:
@@ -82,6 +84,15 @@ class Answers(Generic[K, V]):
             flight.waiting -= 1
             if not flight.waiting:
                 self._forget(key, flight)
+
+    def _fresh(self, key: K) -> _Kept[V] | None:
+        if (kept := self._kept.get(key)) is None:
+            return None
+        if self._clock() < kept.until:
+            self._kept.move_to_end(key)
+            return kept
+        self._drop(key)
+        return None
 
     async def _asked(self, key: K, ask: Callable[[], Awaitable[V]]) -> Callable[[], V]:
         began = self._clock()

@@ -21,6 +21,9 @@ _DENIED_FOR = 2.0
 _ANSWERS = 4096
 _AT_ONCE = 16
 
+_Key = tuple[bytes, str, str | None]
+"""A user's fingerprint, the namespace, and the policy to use; None for listing pods."""
+
 
 class Access:
     """Asks by SubjectAccessReview, and keeps a yes for ten seconds and a no for two."""
@@ -28,27 +31,31 @@ class Access:
     def __init__(self, client: Client, *, clock: Callable[[], float] | None = None) -> None:
         self._client = client
         keeping: dict[str, Any] = {"clock": clock} if clock is not None else {}
-        self._answers: Answers[bytes, bool] = Answers(
+        self._answers: Answers[_Key, bool] = Answers(
             lifetime=lambda allowed: _ALLOWED_FOR if allowed else _DENIED_FOR, size=_ANSWERS, **keeping
         )
         self._places = asyncio.Semaphore(_AT_ONCE)
 
     async def usable(self, policies: Iterable[CapturePolicy], *, user: User, namespace: str) -> list[CapturePolicy]:
         """Those policies that the user may `use` in the namespace. Raises `StatusError` (500) when it can't be told."""
-        asked = list(policies)
-        attributes = {"verb": "use", "group": GROUP, "resource": "capturepolicies", "namespace": namespace}
+        asker = fingerprint(_asker(user))
+        asked = {policy.metadata.name: policy for policy in policies}
+        keys = {name: (asker, namespace, name) for name in asked}
+        kept = {name: self._answers.kept(key) for name, key in keys.items()}
+        missing = [name for name, answer in kept.items() if answer is None]
         answers = await asyncio.gather(
-            *(self._may(user, attributes | {"name": policy.metadata.name}) for policy in asked)
+            *(self._may(user, key=keys[name], attributes=_use(name, namespace)) for name in missing)
         )
-        return [policy for policy, allowed in zip(asked, answers, strict=True) if allowed]
+        allowed = kept | dict(zip(missing, answers, strict=True))
+        return [policy for name, policy in asked.items() if allowed[name]]
 
     async def may_list_pods(self, *, user: User, namespace: str) -> bool:
         """Raises `StatusError` (500) when it can't be told."""
-        return await self._may(user, {"verb": "list", "group": "", "resource": "pods", "namespace": namespace})
+        attributes = {"verb": "list", "group": "", "resource": "pods", "namespace": namespace}
+        return await self._may(user, key=(fingerprint(_asker(user)), namespace, None), attributes=attributes)
 
-    async def _may(self, user: User, attributes: Json) -> bool:
-        spec = _spec(user, attributes)
-        return await self._answers.get(fingerprint(spec), lambda: self._ask(spec))
+    async def _may(self, user: User, *, key: _Key, attributes: Json) -> bool:
+        return await self._answers.get(key, lambda: self._ask(_asker(user) | {"resourceAttributes": attributes}))
 
     async def _ask(self, spec: Json) -> bool:
         body = {"apiVersion": SUBJECTACCESSREVIEWS.api_version, "kind": SUBJECTACCESSREVIEWS.kind, "spec": spec}
@@ -63,9 +70,9 @@ class Access:
             raise internal_error(f"it can't be told whether {spec['user']} may {what}: {failure}") from error
 
 
-def _spec(user: User, attributes: Json) -> Json:
-    """All of what kube-apiserver decides by."""
-    spec: Json = {"user": user.username, "resourceAttributes": attributes}
+def _asker(user: User) -> Json:
+    """All of a user that kube-apiserver decides by."""
+    spec: Json = {"user": user.username}
     if user.uid:
         spec["uid"] = user.uid
     if user.groups:
@@ -73,6 +80,10 @@ def _spec(user: User, attributes: Json) -> Json:
     if user.extra:
         spec["extra"] = {key: list(values) for key, values in user.extra.items()}
     return spec
+
+
+def _use(policy: str, namespace: str) -> Json:
+    return {"verb": "use", "group": GROUP, "resource": "capturepolicies", "name": policy, "namespace": namespace}
 
 
 def _allowed(status: object) -> bool:

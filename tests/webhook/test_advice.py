@@ -105,7 +105,8 @@ async def test_of_more_pods_than_are_looked_at_nothing_is_said() -> None:
     api = KubeApiserver()
     for number in range(200):
         api.add(PODS, f"p{number}", labels={"app": "web"}, spec={})
-    assert await advice(api, spec("db")) == []
+    assert await advice(api, spec("db"), times=5) == []
+    assert api.lists == [PODS]
     api.objects[PODS].pop()
     assert await advice(api, spec("db")) == [NO_POD]
 
