@@ -20,6 +20,9 @@ LARGEST_COUNT = 2**53
 MOST_PORTS = 256
 """Ports and ranges of all filters together: the kernel takes no program of more than 4096 instructions."""
 
+LONGEST_SPEC = 256 * 1024
+"""Characters. To read millions of them would hold up who judges captures, and the captures of others with it."""
+
 LOOPBACK = "lo"
 
 Phase = Literal["Scheduled", "WaitingForTraffic", "Capturing", "Finished", "Error"]
@@ -197,6 +200,13 @@ class PacketCaptureSpec(Model):
     """How much is kept, for each captured interface."""
     ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     """The capture, and its files with it, is deleted this many seconds after its end. Absent: never."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_short(cls, spec: object) -> object:
+        if len(str(spec)) > LONGEST_SPEC:
+            raise ValueError(f"it is longer than {LONGEST_SPEC:,} characters")
+        return spec
 
     @model_validator(mode="after")
     def _is_sound(self) -> "PacketCaptureSpec":

@@ -119,3 +119,10 @@ def test_the_status_names_of_a_node_only_what_there_is_to_say() -> None:
     assert written["packets"] == 0
     assert written["nodes"] == [{"node": "a", "state": "Capturing", "pods": 1}]
     assert PacketCaptureStatus.model_validate(written) == status
+
+
+def test_a_spec_of_megabytes_is_refused_unread() -> None:
+    labels = {f"key{number}": "not a value!" for number in range(50_000)}
+    with pytest.raises(ValidationError, match="it is longer than 262,144 characters") as refusal:
+        PacketCaptureSpec.model_validate({"podSelector": {"matchLabels": labels}})
+    assert refusal.value.error_count() == 1
