@@ -43,5 +43,5 @@ class Resuming:
     def _secured(self, raw: socket.socket) -> ssl.SSLSocket:
         try:
             return self._context.wrap_socket(raw, server_hostname=self.server_name, session=self._session)
-        except (ssl.SSLEOFError, ConnectionResetError) as error:
+        except (ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionResetError) as error:
             raise RefusedError from error

