@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
@@ -17,6 +17,12 @@ from api.object import Model
 from api.packetcapture import PacketCapture, PacketCaptureSpec
 
 ANNOTATION = "kubepcap.io/admission"
+
+_FIRST_LIMITS = {
+    *("maxBytesPerNode", "maxCapturesPerNamespace", "maxDuration", "maxFileSize", "maxFiles", "maxSnapLength"),
+    "ringSize",
+}
+_LATER_LIMITS = {name: value for name, value in Limits().to_json().items() if name not in _FIRST_LIMITS}
 
 
 class StampError(ValueError):
@@ -42,7 +48,13 @@ class Stamp(Model):
     """Hash of the spec that was allowed."""
 
     def to_annotation(self) -> str:
-        return json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+        """As JSON, without the limits that came later and have their defaults.
+
+        So it is the same for releases that do not know of them, of which the first compare stamps as text.
+        """
+        written = self.to_json()
+        written["limits"] = dict(written["limits"].items() - _LATER_LIMITS.items())
+        return _canonical(written)
 
     def ends(self, capture: PacketCapture) -> datetime | None:
         """When capturing must end: the end time, and at the latest the policy's longest duration after the start."""
@@ -54,8 +66,31 @@ class Stamp(Model):
 
 def spec_hash(spec: PacketCaptureSpec) -> str:
     """SHA-256 of the spec in a canonical form: defaults left out, so that a later default changes no hash."""
-    canonical = spec.model_dump(mode="json", exclude_defaults=True)
-    return hashlib.sha256(json.dumps(canonical, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(_canonical(spec.model_dump(mode="json", exclude_defaults=True)).encode()).hexdigest()
+
+
+def same(one: str | None, other: str | None) -> bool:
+    """Whether two annotations say the same, as those of two releases do in different words.
+
+    One with something that this release does not know is the same as nothing but its own text: a newer release may
+    obey what is written there.
+    """
+    if one is None or other is None or one == other:
+        return one == other
+    try:
+        return _known(one) == _known(other)
+    except ValidationError:
+        return False
+
+
+def rebound(capture: PacketCapture, spec: PacketCaptureSpec) -> str:
+    """The annotation of the capture, bound to another spec. Raises `StampError` when it does not fit the present one.
+
+    The rest stays as it is written, with the limits that only a newer release knows.
+    """
+    check(capture)
+    written = json.loads(capture.metadata.annotations[ANNOTATION])
+    return _canonical(written | {"specHash": spec_hash(spec)})
 
 
 def read(annotations: Mapping[str, str]) -> Stamp | None:
@@ -79,6 +114,14 @@ def check(capture: PacketCapture) -> Stamp:
     if stamp.spec_hash != spec_hash(capture.spec):
         raise StampError("StampOutdated", f"its spec was changed while the webhook was not in place: {_AGAIN}")
     return stamp
+
+
+def _known(annotation: str) -> Stamp:
+    return Stamp.model_validate_json(annotation, extra="forbid")
+
+
+def _canonical(value: dict[str, Any]) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 _AGAIN = "delete it and create it again while the webhook is up"

@@ -1,7 +1,7 @@
 """The validating half of admission: whether a capture may be, and whether the stamp on it is ours.
 
 It trusts nothing of the mutating half, which an object can have passed long before, or not at all: it judges again, and
-wants to find exactly the stamp that it would have given itself.
+wants to find the stamp that it would have given itself, though perhaps in the words of another release.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from api import verdict
+from api import stamp, verdict
 from api.capturepolicy import CapturePolicy
 from api.object import explain, format_timestamp
 from api.packetcapture import PacketCapture
@@ -32,7 +32,7 @@ class Policies:
 
 def judge_kept(request: Request, expected: Kept) -> Answer:
     """An update that is free for everyone may not touch the stamp."""
-    if annotation_of(request.object or {}) == expected.annotation:
+    if stamp.same(annotation_of(request.object or {}), expected.annotation):
         return Answer(audit={"rule": expected.rule})
     return Answer(
         refusal=forbidden(f"the annotation {ANNOTATION} is written by admission alone: leave it as it was"),
@@ -71,7 +71,7 @@ def _stamped_by(
     usable: Sequence[CapturePolicy],
     circumstances: Circumstances,
 ) -> CapturePolicy | None:
-    """The policy that the stamp names, if it allows the capture and the stamp is exactly what it would give.
+    """The policy that the stamp names, if it allows the capture and the stamp says exactly what it would give.
 
     Any usable one will do, not only the first: the replica that stamped may know of a policy a moment earlier or later.
     """
@@ -82,7 +82,8 @@ def _stamped_by(
     policy = next((policy for policy in usable if policy.metadata.name == name), None)
     if policy is None or verdict.refused(capture.spec, policy, circumstances) is not None:
         return None
-    return policy if issue(capture, policy, user=request.user_info).to_annotation() == annotation else None
+    given = issue(capture, policy, user=request.user_info).to_annotation()
+    return policy if stamp.same(annotation, given) else None
 
 
 def _warnings(capture: PacketCapture, policy: CapturePolicy, circumstances: Circumstances) -> list[str]:

@@ -51,10 +51,9 @@ def kept(request: Request) -> Kept | None:
     if not only_ends(before.spec, after.spec):
         return None
     try:
-        judged = stamp.check(before)
+        return Kept(stamp.rebound(before, after.spec), "ends")
     except StampError:
         return Kept(annotation, "ends")
-    return Kept(judged.model_copy(update={"spec_hash": stamp.spec_hash(after.spec)}).to_annotation(), "ends")
 
 
 def only_ends(old: PacketCaptureSpec, new: PacketCaptureSpec) -> bool:

@@ -61,6 +61,26 @@ def test_a_stamp_of_an_older_release_still_fits_and_its_missing_limits_have_thei
     assert checked.limits.max_bytes_per_node == Limits().max_bytes_per_node
 
 
+def test_only_limits_that_came_later_and_have_their_defaults_are_left_out() -> None:
+    first = json.loads(stamped(SPEC)[stamp.ANNOTATION])["limits"]
+    assert "maxStartDelay" not in first
+    assert first["maxDuration"] == "1h0m0s"
+    limits = Limits(max_start_delay=timedelta(hours=1), require_end_time=True, max_pods_per_node=5)
+    given = stamp.check(capture(SPEC, annotations=stamped(SPEC))).model_copy(update={"limits": limits})
+    assert stamp.read({stamp.ANNOTATION: given.to_annotation()}) == given
+
+
+def test_annotations_are_the_same_by_what_they_say_and_unknown_things_by_their_text() -> None:
+    text = stamped(SPEC)[stamp.ANNOTATION]
+    unknown = text.replace('"limits":{', '"limits":{"maxUnheardOf":1,')
+    assert stamp.same(text, json.dumps(json.loads(text), indent=1))
+    assert stamp.same(unknown, unknown)
+    assert stamp.same(None, None)
+    for other in (unknown, text.replace('"u"', '"v"'), "{}", "{", None):
+        assert not stamp.same(text, other)
+        assert not stamp.same(other, text)
+
+
 def test_a_stamp_is_bound_to_the_interfaces() -> None:
     with pytest.raises(stamp.StampError):
         stamp.check(capture(SPEC | {"interfaces": ["lo"]}, annotations=stamped(SPEC)))

@@ -45,6 +45,16 @@ def annotation(item: Json, *, user: str = "alice", by: CapturePolicy) -> str:
     ).to_annotation()
 
 
+def earlier_annotation(item: Json) -> str:
+    """Alice's stamp by a policy `baseline` with the default limits, as before limits had `maxStartDelay` and others."""
+    hashed = spec_hash(PacketCapture.model_validate(item).spec)
+    return (
+        '{"limits":{"maxBytesPerNode":2000000000,"maxCapturesPerNamespace":10,"maxDuration":"1h0m0s",'
+        '"maxFileSize":100000000,"maxFiles":10,"maxSnapLength":262144,"ringSize":4194304},'
+        f'"namespace":"dev","policy":"baseline","specHash":"{hashed}","user":"alice"}}'
+    )
+
+
 def create(item: Json, *, user: User = ALICE) -> Request:
     return _request("CREATE", item, None, user)
 

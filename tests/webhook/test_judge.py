@@ -1,5 +1,6 @@
 """Verdicts: what is refused, in which words, and that only our own stamp passes."""
 
+import json
 from datetime import UTC, datetime
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 
 from api.stamp import ANNOTATION
 from api.verdict import Circumstances
-from tests.webhook.cases import ALICE, annotation, capture, create, policy, stamped, update
+from tests.webhook.cases import ALICE, annotation, capture, create, earlier_annotation, policy, stamped, update
 from webhook.judge import Policies, judge, judge_kept
 from webhook.review import Answer, User
 from webhook.stamp import kept
@@ -91,11 +92,13 @@ def test_an_allowed_capture_without_a_stamp_is_refused() -> None:
         annotation(capture(), by=policy("baseline", limits={"maxDuration": "999h"})),
         annotation(capture(), by=policy("other")),
         annotation(capture(), by=BASELINE).replace('"dev"', '"prod"'),
-        annotation(capture(), by=BASELINE) + " ",
+        annotation(capture(), by=policy("baseline", limits={"maxDuration": "24h", "maxPodsPerNode": 5})),
+        annotation(capture(), by=BASELINE).replace('"limits":{', '"limits":{"unheardOf":1,'),
+        annotation(capture(), by=BASELINE).replace('"user"', '"unheardOf":1,"user"'),
     ],
-    ids=["empty", "no stamp", "user", "spec", "limits", "policy", "namespace", "spelling"],
+    ids=["empty", "no stamp", "user", "spec", "limits", "policy", "namespace", "later", "unknown limit", "unknown"],
 )
-def test_a_stamp_that_is_not_exactly_ours_is_refused(stamp: str) -> None:
+def test_a_stamp_that_does_not_say_exactly_what_ours_does_is_refused(stamp: str) -> None:
     code, said = words(verdict(capture(stamp=stamp), BASELINE))
     assert code == 403
     assert ANNOTATION in said
@@ -109,6 +112,39 @@ def test_a_stamp_by_a_usable_policy_that_refuses_it_is_refused() -> None:
 
 def test_any_usable_policy_that_allows_it_may_be_the_stamps() -> None:
     assert verdict(stamped(by=NO_SSH, filters=[{"ports": [80]}]), BASELINE, NO_SSH).audit["policy"] == "web"
+
+
+def test_a_stamp_of_a_release_without_the_later_limits_is_ours_if_they_have_their_defaults() -> None:
+    item = capture(stamp=earlier_annotation(capture()))
+    assert verdict(item, policy("baseline")).audit["rule"] == "allowed"
+    assert verdict(item, policy("baseline", limits={"maxPodsPerNode": 5})).audit["rule"] == "foreign-stamp"
+    assert verdict(item, policy("baseline", limits={"maxStartDelay": "1h"})).audit["rule"] == "foreign-stamp"
+
+
+def test_a_stamp_of_a_release_that_writes_out_every_limit_is_ours() -> None:
+    by = policy("baseline")
+    written = json.loads(annotation(capture(), by=by))
+    written["limits"] = by.spec.limits.to_json()
+    stamp = json.dumps(written, indent=1)
+    assert stamp != annotation(capture(), by=by)
+    assert verdict(capture(stamp=stamp), by).audit["rule"] == "allowed"
+
+
+def test_a_capture_that_another_release_stamped_may_be_ended() -> None:
+    old = capture(stamp=earlier_annotation(capture()))
+    rewritten = earlier_annotation(capture(suspend=True))
+    later = json.loads(rewritten)
+    later["limits"] |= {"maxStartDelay": "168h0m0s", "requireEndTime": False}
+    for stamp, allowed in (
+        (rewritten, True),
+        (json.dumps(later), True),
+        (earlier_annotation(capture()), False),
+        (rewritten.replace("alice", "bob"), False),
+    ):
+        request = update(old, capture(stamp=stamp, suspend=True))
+        expected = kept(request)
+        assert expected is not None
+        assert (judge_kept(request, expected).refusal is None) is allowed
 
 
 def test_an_update_is_judged_by_the_rights_of_who_updates() -> None:

@@ -8,7 +8,7 @@ import pytest
 from api.packetcapture import PacketCaptureSpec
 from api.stamp import ANNOTATION, check
 from api.verdict import Circumstances
-from tests.webhook.cases import ALICE, annotation, capture, create, patched, policy, stamped, update
+from tests.webhook.cases import ALICE, annotation, capture, create, earlier_annotation, patched, policy, stamped, update
 from webhook.stamp import annotation_of, capture_of, deserved, kept, only_ends, put
 
 NOW = Circumstances(now=datetime(2030, 1, 1, tzinfo=UTC))
@@ -105,6 +105,22 @@ def test_ending_a_capture_keeps_who_was_judged() -> None:
     expected = kept(update(old, new, user=ALICE))
     assert expected is not None
     assert expected.annotation == annotation(new, user="bob", by=BASELINE)
+
+
+def test_a_stamp_with_the_defaults_is_the_text_that_releases_without_the_later_limits_want_to_find() -> None:
+    assert deserved(create(capture()), [BASELINE], NOW) == earlier_annotation(capture())
+    old = capture(stamp=earlier_annotation(capture()))
+    expected = kept(update(old, capture(suspend=True)))
+    assert expected is not None
+    assert expected.annotation == earlier_annotation(capture(suspend=True))
+
+
+def test_ending_a_capture_keeps_limits_that_only_a_newer_release_knows() -> None:
+    newer = annotation(capture(), by=BASELINE).replace('"limits":{', '"limits":{"maxUnheardOf":1,')
+    expected = kept(update(capture(stamp=newer), capture(suspend=True)))
+    assert expected is not None
+    assert '"maxUnheardOf":1' in (expected.annotation or "")
+    assert check(capture_of(create(capture(stamp=expected.annotation, suspend=True)))).policy == "baseline"
 
 
 def test_ending_a_capture_does_not_make_an_outdated_stamp_fit() -> None:
