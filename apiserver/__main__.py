@@ -50,7 +50,7 @@ class Settings:
             drain=number("DRAIN_SECONDS", default=10, high=600),
             grace=number("GRACE_SECONDS", default=70, high=3600),
             downloads_per_user=number("DOWNLOADS_PER_USER", default=8, low=1, high=1000),
-            connections=number("MAX_CONNECTIONS", default=256, low=16, high=65536),
+            connections=number("MAX_CONNECTIONS", default=512, low=16, high=65536),
         )
 
 

@@ -64,7 +64,8 @@ class Limits:
     `stall`, a client that takes none of an answer for so long is cut off.
 
     A connection in a TLS handshake takes 0.3 MB, most of it asyncio's buffer, and so do a stranger's head and what was
-    read with it: 256 connections take about 80 MB of strangers, who have not said yet who they are.
+    read with it: 256 connections take about 80 MB of strangers, who have not said yet who they are. kube-apiserver has
+    one for each request under way, since it speaks HTTP/1.1 here.
     """
 
     connections: int = 256

@@ -1,4 +1,4 @@
-"""Requests that come at an even rate, whatever becomes of those before, as from many clients."""
+"""Requests that come at an even rate, as from many clients, each of which waits for its answer."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -21,14 +21,19 @@ class Lapse:
 class Load:
     """While the block runs, `ask` is called `rate` times a second with the request's number; it says what was wrong.
 
+    With `clients` requests under way further ones wait, so that a machine that is slow has less to do, not ever more.
     After the block every request that was begun has ended: `asked` of them, those of `lapses` not as they should.
     """
 
     ask: Callable[[int], Awaitable[str]]
     rate: int
+    clients: int = 128
     asked: int = 0
     lapses: list[Lapse] = field(default_factory=list)
     _over: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self._free = asyncio.Semaphore(self.clients)
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._run(), name="load")
@@ -43,6 +48,7 @@ class Load:
         began = loop.time()
         async with asyncio.TaskGroup() as tasks:
             while not self._over.is_set():
+                await self._free.acquire()
                 tasks.create_task(self._one(self.asked), name=f"request {self.asked}")
                 self.asked += 1
                 await asyncio.sleep(began + self.asked / self.rate - loop.time())
@@ -53,5 +59,7 @@ class Load:
             wrong = await self.ask(number)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             wrong = repr(error)
+        finally:
+            self._free.release()
         if wrong:
             self.lapses.append(Lapse(number, began, wrong))
