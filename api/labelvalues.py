@@ -7,8 +7,6 @@ through. So rules that refuse by it refuse in doubt.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import reduce
-from operator import and_, or_
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +26,18 @@ class LabelValues:
 
     @classmethod
     def all_of(cls, several: Iterable["LabelValues"]) -> "LabelValues":
-        """The values that are in each of them."""
-        return reduce(and_, several, ANY)
+        """The values that are in each of them. Takes time in proportion to how many are listed."""
+        several = list(several)
+        excluded = frozenset[str | None]().union(*(values.listed for values in several if values.are_excluded))
+        listed = [values.listed for values in several if not values.are_excluded]
+        if not listed:
+            return cls(excluded, are_excluded=True)
+        return cls(listed[0].intersection(*listed[1:]) - excluded)
 
     @classmethod
     def any_of(cls, several: Iterable["LabelValues"]) -> "LabelValues":
         """The values that are in at least one of them."""
-        return reduce(or_, several, ~ANY)
+        return ~cls.all_of(~values for values in several)
 
     @property
     def are_pinned(self) -> bool:
@@ -46,16 +49,6 @@ class LabelValues:
 
     def __invert__(self) -> "LabelValues":
         return LabelValues(self.listed, not self.are_excluded)
-
-    def __and__(self, other: "LabelValues") -> "LabelValues":
-        if self.are_excluded and other.are_excluded:
-            return LabelValues(self.listed | other.listed, are_excluded=True)
-        if self.are_excluded:
-            return other & self
-        return LabelValues(frozenset(value for value in self.listed if value in other))
-
-    def __or__(self, other: "LabelValues") -> "LabelValues":
-        return ~(~self & ~other)
 
 
 ANY = LabelValues.other_than()

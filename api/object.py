@@ -19,6 +19,9 @@ GROUP = "kubepcap.io"
 SUBRESOURCES_GROUP = "subresources.kubepcap.io"
 VERSION = "v1"
 
+_LONGEST_SHOWN = 500
+"""Characters of a message, or of a path: some quote what was given, whatever its size."""
+
 _MOST_PROBLEMS = 10
 """Told of one value; who has more of them than that has written something else."""
 
@@ -94,8 +97,12 @@ def explain(error: ValidationError, *, root: str = "") -> str:
         path = root
         for part in problem["loc"]:
             path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
-        message = problem["msg"].removeprefix("Value error, ")
-        lines.append(f"{path}: {message}" if path else message)
+        message = _shortened(problem["msg"].removeprefix("Value error, "))
+        lines.append(f"{_shortened(path)}: {message}" if path else message)
     if len(problems) > _MOST_PROBLEMS:
         lines.append(f"and {len(problems) - _MOST_PROBLEMS} more problems")
     return "; ".join(lines)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"

@@ -23,7 +23,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Final, Literal, NamedTuple, Protocol, get_args
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
 from api.labels import key_problems, value_problems
 from api.labelvalues import ANY, LabelValues
@@ -32,6 +32,8 @@ from api.object import Model
 Labels = Mapping[str, str]
 
 _DEEPEST: Final = 64
+_MOST_REQUIREMENTS: Final = 64
+_MOST_VALUES: Final = 256
 _LONGEST_KEY: Final = 512  # Calico's limit; Kubernetes' own is 317
 
 _TOKEN: Final = re.compile(
@@ -428,6 +430,15 @@ def _sound(text: str, problems: Sequence[str]) -> str:
     return text
 
 
+def _at_most(most: int) -> BeforeValidator:
+    def check(value: object) -> object:
+        if isinstance(value, list) and len(value) > most:
+            raise ValueError(f"Too many: {len(value)}: must have at most {most} items")
+        return value
+
+    return BeforeValidator(check)
+
+
 _Operator = Literal["In", "NotIn", "Exists", "DoesNotExist"]
 
 
@@ -438,9 +449,11 @@ class LabelSelectorRequirement(Model):
     """The label."""
     operator: _Operator
     """How its value relates to `values`."""
-    values: Annotated[list[Annotated[str, AfterValidator(_sound_value)]], Field(validate_default=True)] = Field(
-        default_factory=list
-    )
+    values: Annotated[
+        list[Annotated[str, AfterValidator(_sound_value)]],
+        Field(max_length=_MOST_VALUES, validate_default=True),
+        _at_most(_MOST_VALUES),
+    ] = Field(default_factory=list)
     """The values of In and NotIn; none for Exists and DoesNotExist."""
 
     @field_validator("values")
@@ -483,7 +496,9 @@ class LabelSelector(Model):
 
     match_labels: Annotated[dict[str, str], AfterValidator(_sound_labels)] = Field(default_factory=dict)
     """Labels that a pod must have, with these values."""
-    match_expressions: list[LabelSelectorRequirement] = Field(default_factory=list)
+    match_expressions: Annotated[
+        list[LabelSelectorRequirement], Field(max_length=_MOST_REQUIREMENTS), _at_most(_MOST_REQUIREMENTS)
+    ] = Field(default_factory=list)
     """Further requirements."""
 
     def matches(self, labels: Labels) -> bool:
@@ -512,7 +527,7 @@ class LabelSelector(Model):
 def _label_selector(tests: Sequence[Selector]) -> LabelSelector | None:
     """The requirements of these tests; None where a LabelSelector can't say one of them."""
     equal: dict[str, str] = {}
-    further = []
+    further: list[LabelSelectorRequirement] = []
     for test in tests:
         if not isinstance(test, LabelTest) or not _sound_in_kubernetes(test):
             return None
@@ -520,6 +535,8 @@ def _label_selector(tests: Sequence[Selector]) -> LabelSelector | None:
         if len(listed) == 1 and not test.values.are_excluded and key not in equal:
             equal[key] = listed[0]
         else:
+            if len(listed) > _MOST_VALUES or len(further) == _MOST_REQUIREMENTS:
+                return None
             further.append(LabelSelectorRequirement(key=key, operator=_operator(test.values), values=listed))
     return LabelSelector(match_labels=equal, match_expressions=further)
 

@@ -1,6 +1,7 @@
 """Kubernetes' label selectors, and what they share with Calico's grammar; tests/cluster compares them with its own."""
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -90,6 +91,26 @@ def test_what_kubernetes_refuses_is_refused_in_its_words(given: dict[str, Any], 
     assert explain(refusal.value) == words
 
 
+@pytest.mark.parametrize(
+    ("most", "field", "made"),
+    [
+        (64, "matchExpressions", lambda count: [{"key": "app", "operator": "Exists"}] * count),
+        (
+            256,
+            "matchExpressions[0].values",
+            lambda count: [{"key": "app", "operator": "NotIn", "values": list(map(str, range(count)))}],
+        ),
+    ],
+)
+def test_requirements_and_their_values_are_bounded(
+    most: int, field: str, made: Callable[[int], list[dict[str, Any]]]
+) -> None:
+    LabelSelector.model_validate({"matchExpressions": made(most)})
+    with pytest.raises(ValidationError) as refusal:
+        LabelSelector.model_validate({"matchExpressions": made(most + 1)})
+    assert explain(refusal.value) == f"{field}: Too many: {most + 1}: must have at most {most} items"
+
+
 SAME: list[tuple[str, LabelSelector]] = [
     ("all()", selector()),
     ("app == 'web'", selector(app="web")),
@@ -122,6 +143,8 @@ def test_what_both_kinds_of_selector_can_say_is_equal(text: str, same: LabelSele
         "app == 'no value of Kubernetes'",
         "has(-no-key-of-kubernetes-)",
         f"has({'a' * 64})",
+        " && ".join(f"has(k{number})" for number in range(65)),
+        f"app in {{{', '.join(map(repr, map(str, range(257))))}}}",
     ],
 )
 def test_what_no_label_selector_can_say_is_not_made_one(text: str) -> None:

@@ -1,5 +1,6 @@
 """Values that a label can have, as far as a selector shows."""
 
+from collections.abc import Callable, Iterable
 from itertools import product
 
 import pytest
@@ -17,8 +18,31 @@ SOME = [None, "", "a", "b"]
 def test_they_are_sets(one: LabelValues, other: LabelValues) -> None:
     for value in SOME:
         assert (value in ~one) is (value not in one)
-        assert (value in one & other) is (value in one and value in other)
-        assert (value in one | other) is (value in one or value in other)
+        assert (value in LabelValues.all_of([one, other])) is (value in one and value in other)
+        assert (value in LabelValues.any_of([one, other])) is (value in one or value in other)
+    assert LabelValues.all_of([]) == ANY
+    assert LabelValues.any_of([]) == ~ANY
+
+
+@pytest.mark.parametrize("join", [LabelValues.all_of, LabelValues.any_of])
+@pytest.mark.parametrize("make", [LabelValues.only, LabelValues.other_than])
+def test_joining_many_makes_no_sets_on_the_way(
+    join: Callable[[Iterable[LabelValues]], LabelValues],
+    make: Callable[..., LabelValues],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    many = [make(f"v{number}", "shared") for number in range(500)]
+    given = sum(len(values.listed) for values in many)
+    made: list[int] = []
+    initialize = LabelValues.__init__
+
+    def counted(self: LabelValues, listed: frozenset[str | None], are_excluded: bool = False) -> None:
+        made.append(len(listed))
+        initialize(self, listed, are_excluded)
+
+    monkeypatch.setattr(LabelValues, "__init__", counted)
+    join(many)
+    assert 0 < sum(made) <= 3 * given
 
 
 def test_they_are_pinned_when_listed_and_never_absent() -> None:
