@@ -185,12 +185,20 @@ class Client:
         field_selector: str = "",
         metadata_only: bool = False,
         limit: int = _PAGE,
+        most_bytes: int | None = None,
     ) -> AsyncIterator[ObjectList]:
-        """The same page by page, `limit` objects at most in each, for those too large to be held all at once."""
+        """The same page by page, `limit` objects at most in each, for those too large to be held all at once.
+
+        A page of more than `most_bytes` is read no further, and is a `StatusError` with code 413.
+        """
         query = _selectors(label_selector, field_selector) | {"limit": str(limit)}
-        headers = {"Accept": _METADATA_LIST} if metadata_only else None
+        headers = {"Accept": _METADATA_LIST} if metadata_only else {}
+        if most_bytes is not None:
+            # What is compressed may be of any size once it is not.
+            headers["Accept-Encoding"] = "identity"
+        path = resource.path(namespace=namespace)
         while True:
-            page = await self._request("GET", resource.path(namespace=namespace), query=query, headers=headers)
+            page = await self._request("GET", path, query=query, headers=headers, most_bytes=most_bytes)
             metadata = page.get("metadata") or {}
             yield ObjectList(page.get("items") or [], metadata.get("resourceVersion", ""))
             if not metadata.get("continue"):
@@ -310,11 +318,13 @@ class Client:
         body: Json | None = None,
         headers: Mapping[str, str] | None = None,
         content_type: str = "application/json",
+        most_bytes: int | None = None,
     ) -> Json:
         async with self._send(
             method, path, query=query, body=body, headers=headers, content_type=content_type, limits=_TIMEOUT
         ) as response:
-            answer = json.loads(await response.read())
+            read = await (response.read() if most_bytes is None else _read(response, most_bytes))
+            answer = json.loads(read)
         if not isinstance(answer, dict):
             raise StatusError(500, f"{method} {path}: the answer is no JSON object")
         return answer
@@ -369,6 +379,16 @@ def _stop_looking_for_proxies(api_client: ApiClient) -> None:
         connector=session.connector, cookie_jar=aiohttp.DummyCookieJar(), read_bufsize=_BUFFER
     )
     session.detach()
+
+
+async def _read(response: aiohttp.ClientResponse, most_bytes: int) -> bytes:
+    """The body, if it has no more than `most_bytes`. Raises `StatusError` (413)."""
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > most_bytes:
+            raise StatusError(413, f"the answer has more than {most_bytes} bytes")
+    return bytes(body)
 
 
 async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

@@ -72,7 +72,7 @@ class Admission:
         except StatusError as error:
             return Answer(refusal=error, audit={"rule": "undecidable"})
         answer = judge(request, policies, circumstances)
-        if answer.refusal is not None:
+        if answer.refusal is not None or request.operation != "CREATE":
             return answer
         spec = capture_of(request).spec
         advice = await self._advice.on(spec, user=request.user_info, namespace=request.namespace)

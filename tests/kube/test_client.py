@@ -14,6 +14,7 @@ from aiohttp import web
 
 from kube.client import CONFIGMAPS, Client
 from kube.serve import listening
+from kube.status import StatusError
 
 
 @dataclass
@@ -79,3 +80,37 @@ async def test_a_proxy_that_the_environment_names_is_used(
         await client.get(CONFIGMAPS, "a", namespace="n")
     path = "/api/v1/namespaces/n/configmaps/a"
     assert asked.targets == [f"http://{server}:{asked.port}{path}" if through_proxy else path]
+
+
+@dataclass
+class Pages:
+    """A server of pages of one object each, which are larger and larger."""
+
+    sizes: list[int] = field(default_factory=list)
+    encodings: list[str] = field(default_factory=list)
+
+    async def answer(self, request: web.Request) -> web.Response:
+        self.encodings.append(request.headers["Accept-Encoding"])
+        page = {"items": [{"data": "x" * 1000 * len(self.encodings)}], "metadata": {"continue": "more"}}
+        body = json.dumps(page).encode()
+        self.sizes.append(len(body))
+        response = web.Response(body=body)
+        response.enable_compression()
+        return response
+
+
+async def test_a_page_of_more_bytes_than_are_wanted_is_not_read(tmp_path: Path) -> None:
+    server = Pages()
+    app = web.Application()
+    app.router.add_get("/{path:.*}", server.answer)
+    async with listening(app, host="127.0.0.1", port=0, grace=0) as port:
+        config = kubeconfig(tmp_path, f"http://127.0.0.1:{port}")
+        async with Client.connect(user_agent="test", kubeconfig=config) as client:
+            pages = client.pages(CONFIGMAPS, namespace="n", most_bytes=5000)
+            for _ in range(4):
+                assert len((await anext(pages)).items) == 1
+            with pytest.raises(StatusError, match="the answer has more than 5000 bytes") as refused:
+                await anext(pages)
+    assert refused.value.code == 413
+    assert [size <= 5000 for size in server.sizes] == [True] * 4 + [False]
+    assert server.encodings == ["identity"] * 5

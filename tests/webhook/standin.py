@@ -18,7 +18,14 @@ class KubeApiserver:
         self.late: dict[str, Json] = {}
         """Namespaces that no list has shown yet."""
         self.failing: set[Resource] = set()
+        self.silent: set[Resource] = set()
+        """What no list of ever comes."""
         self.lists: list[Resource] = []
+        self.most_bytes: list[int | None] = []
+        """That each of these lists may have."""
+        self.at_once = 0
+        self.most_at_once = 0
+        """Silent lists that were waited for at the same time."""
         self.may = may
 
     @property
@@ -30,8 +37,18 @@ class KubeApiserver:
         metadata = {"name": name, "resourceVersion": "1", "labels": labels}
         self.objects[resource].append({"metadata": metadata} | more)
 
-    async def pages(self, resource: Resource, *, limit: int = 500, **_: Any) -> AsyncIterator[ObjectList]:
+    async def pages(
+        self, resource: Resource, *, limit: int = 500, most_bytes: int | None = None, **_: Any
+    ) -> AsyncIterator[ObjectList]:
         self.lists.append(resource)
+        self.most_bytes.append(most_bytes)
+        if resource in self.silent:
+            self.at_once += 1
+            self.most_at_once = max(self.at_once, self.most_at_once)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.at_once -= 1
         if resource in self.failing:
             raise StatusError(503, "away")
         items = self.objects[resource]

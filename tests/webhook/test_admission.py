@@ -84,6 +84,16 @@ async def test_warnings_on_pods_come_with_the_verdict_and_only_when_it_is_good()
     assert list(refused.warnings) == []
 
 
+async def test_pods_are_looked_at_when_a_capture_is_made_and_not_with_every_change_of_it() -> None:
+    api = kube_apiserver({})
+    old, new = (capture(selector=f"app == '{app}'", endTime="2030-01-01T00:30:00Z") for app in ("a", "b"))
+    async with admission(api) as made:
+        stamped = patched(new, (await made.stamp(update(old, new))).patch)
+        answer = await made.judge(update(old, stamped))
+    assert (answer.refusal, list(answer.warnings)) == (None, [])
+    assert PODS not in api.lists
+
+
 async def test_the_time_of_a_running_capture_counts_from_its_creation_which_nobody_else_can_tell() -> None:
     api = kube_apiserver({"limits": {"maxDuration": "1h"}})
     old = capture(endTime="2030-01-01T00:10:00Z")
