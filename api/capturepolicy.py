@@ -40,13 +40,16 @@ class FilterRules(Model):
     """Which filters are allowed."""
 
     required: bool = False
-    """Whether a capture must have filters, so that it can't take all traffic."""
+    """Whether a capture must have filters, each with a protocol or ports, so that none takes all traffic."""
     protocols: Annotated[list[Protocol], Field(max_length=6)] | None = None
     """Each entry of a capture's filters must name one of these. Absent: any protocol, or none."""
     allowed_ports: Annotated[list[Ports], Field(max_length=64)] | None = None
     """Each entry of a capture's filters must name ports, all of them within these. Absent: any ports, or none."""
     denied_ports: Annotated[list[Ports], Field(max_length=64)] = Field(default_factory=list)
-    """No entry may name one of these; and each entry that could match TCP, UDP or SCTP must then name its ports."""
+    """No entry may name one of these, each that could match TCP, UDP or SCTP must name its ports, and ICMP and ICMPv6
+    need a type that is no error, since errors quote other packets. Ports match source or destination: an entry that
+    names other ports, such as "1024:65535", still takes packets between one of them and a denied one. Few
+    and narrow allowedPorts leave least of that."""
 
 
 class InterfaceRules(Model):
@@ -84,7 +87,8 @@ class Limits(Model):
     """Captures under this policy that may be active at once in a namespace; further ones wait."""
     max_captures_per_user: Annotated[int, Field(ge=1, le=10_000)] | None = None
     """Captures under this policy that one user may have active at once, in all namespaces; further ones wait. Whoever
-    changed a capture's spec last is its user. Absent: as many as namespaces allow."""
+    changed a capture's spec last is its user; an account that people share is one user. Absent: as many as
+    namespaces allow."""
     max_pods_per_node: Annotated[int, Field(ge=1, le=10_000)] | None = None
     """Pods that one capture may capture at once on a node; of more, those captured first stay. Each node counts for
     itself. Absent: as many as the node allows."""

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from api import bpf
 from api.capturepolicy import CapturePolicy, FilterRules, InterfaceRules, Limits, SelectorRules
 from api.packetcapture import LOOPBACK, Filter, PacketCaptureSpec, format_ports
 from api.quantity import format_duration
@@ -91,6 +92,8 @@ def _filters_refused(filters: Sequence[Filter], rules: FilterRules) -> str | Non
     if not filters:
         return "filters are required" if rules.required or names_needed else None
     for entry in filters:
+        if rules.required and entry.protocol is None and not entry.ports:
+            return "each filter must name a protocol or ports"
         refusal = _protocol_refused(entry, rules) or _ports_refused(entry, rules)
         if refusal is not None:
             return refusal
@@ -116,17 +119,30 @@ def _ports_refused(entry: Filter, rules: FilterRules) -> str | None:
             if not _within(ports, rules.allowed_ports):
                 return f"port {format_ports(ports)} is not allowed: {allowed} are"
     if rules.denied_ports and not entry.ports:
-        denied = ", ".join(str(format_ports(ports)) for ports in rules.denied_ports)
-        number = _number(entry.protocol)
-        if number is None or number in _WITH_PORTS:
-            return f"a filter without ports could take those that are denied ({denied}): name the ports"
-        if number not in _WITHOUT_PORTS:
-            return f"protocol {entry.protocol} is not allowed, since it may hold ports that are denied ({denied})"
+        return _unnamed_ports_refused(entry, rules.denied_ports)
     for low, high in entry.ports:
         for denied_low, denied_high in rules.denied_ports:
             if low <= denied_high and denied_low <= high:
                 return f"port {format_ports((max(low, denied_low), min(high, denied_high)))} is denied"
     return None
+
+
+def _unnamed_ports_refused(entry: Filter, denied_ports: Sequence[tuple[int, int]]) -> str | None:
+    """Why an entry without ports could take packets of denied ones; None when its protocol surely holds none."""
+    denied = ", ".join(str(format_ports(ports)) for ports in denied_ports)
+    number = _number(entry.protocol)
+    if number is None or number in _WITH_PORTS:
+        return f"a filter without ports could take those that are denied ({denied}): name the ports"
+    if number in _INFORMATIONAL:
+        if entry.icmp is not None and _message(number, entry.icmp.type) in _INFORMATIONAL[number]:
+            return None
+        return (
+            f"protocol {entry.protocol} needs an icmp.type that is no error, since errors quote packets, "
+            f"also of ports that are denied ({denied})"
+        )
+    if number in _WITHOUT_PORTS:
+        return None
+    return f"protocol {entry.protocol} is not allowed, since it may hold ports that are denied ({denied})"
 
 
 def _interfaces_refused(interfaces: Sequence[str], rules: InterfaceRules) -> str | None:
@@ -182,8 +198,19 @@ def _number(protocol: str | int | None) -> int | None:
     return _NUMBERS[protocol] if isinstance(protocol, str) else protocol
 
 
+def _message(protocol: int, kind: str | int) -> int:
+    return bpf.ICMP_TYPES[protocol][kind] if isinstance(kind, str) else kind
+
+
 _NUMBERS = {"ICMP": 1, "TCP": 6, "UDP": 17, "ICMPv6": 58, "SCTP": 132, "UDPLite": 136}
 _WITH_PORTS = {6, 17, 132}
-_WITHOUT_PORTS = {1, 2, 58, 89, 103, 112}
-"""ICMP, IGMP, ICMPv6, OSPF, PIM, VRRP (https://www.iana.org/assignments/protocol-numbers). Others may well hold ports:
-a tunnel's packets do, and so do IPv6 packets that are matched by the number of an extension header."""
+_WITHOUT_PORTS = {2, 89, 112}
+"""IGMP, OSPF, VRRP (https://www.iana.org/assignments/protocol-numbers). Others may well hold ports: a tunnel's packets
+do, also those of PIM's Register (RFC 7761), and so do IPv6 packets that are matched by the number of an extension
+header."""
+_INFORMATIONAL = {
+    _NUMBERS["ICMP"]: {0, 8, 9, 10, *range(13, 19), 42, 43},
+    _NUMBERS["ICMPv6"]: set(range(128, 256)) - {bpf.ICMP_TYPES[_NUMBERS["ICMPv6"]]["redirect"]},
+}
+"""Types of messages that quote no packet, by protocol: ICMP's queries and their answers (RFC 1122, section 3.2.2; RFC
+8335), and ICMPv6's informational messages (RFC 4443, section 2.1) but for Redirect, which does (RFC 4861)."""

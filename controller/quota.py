@@ -36,7 +36,11 @@ class Admission:
 
 
 def admit(captures: Iterable[PacketCapture], *, already: Collection[str], now: datetime) -> Mapping[str, Admission]:
-    """Decide for all captures, by UID. Those `already` admitted (UIDs) stay so, then the oldest come first."""
+    """Decide for all captures, by UID. Those `already` admitted (UIDs) come first, then the oldest.
+
+    One that is admitted stays so unless a limit is passed by a change to stamps: one with another user or policy,
+    or with tighter limits, is counted under them, and the youngest that no longer fits waits again.
+    """
     decided: dict[str, Admission] = {}
     waiting: list[tuple[PacketCapture, stamp.Stamp, datetime | None]] = []
     for capture in captures:

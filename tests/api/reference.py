@@ -27,14 +27,19 @@ PODS: list[Labels] = [
 PORTS = range(1, 13)
 NUMBERS = {"ICMP": 1, "TCP": 6, "UDP": 17, "ICMPv6": 58, "SCTP": 132, "UDPLite": 136}
 WITH_PORTS = {6, 17, 132, 136}
-TUNNELS = {41, 47, 60}
+TUNNELS = {41, 47, 60, 103}
+MESSAGES: dict[int, dict[str | int, bool]] = {
+    1: {"echo-request": False, "time-exceeded": True, 5: True, 10: False},
+    58: {0: True, 137: True, 143: False},
+}
+"""Some kinds of ICMP and ICMPv6 messages, and whether they quote another packet."""
 PROTOCOLS = {*NUMBERS.values(), *TUNNELS, 2}
 PACKETS: set[Packet] = {
     (protocol, port)
     for protocol in PROTOCOLS
-    for port in (PORTS if protocol in WITH_PORTS else (None, *PORTS) if protocol in TUNNELS else (None,))
+    for port in (PORTS if protocol in WITH_PORTS else (None, *PORTS) if protocol in {*TUNNELS, *MESSAGES} else (None,))
 }
-"""What a tunnel carries has ports, or none."""
+"""What a tunnel carries, or an ICMP message quotes, has ports, or none."""
 
 
 def text(tree: Tree) -> str:
@@ -132,7 +137,7 @@ def _pod_is_denied(pod: Labels, rules: Json) -> bool:
 
 
 def _filters_are_denied(filters: list[Json], rules: Json) -> bool:
-    if rules.get("required", False) and not filters:
+    if rules.get("required", False) and (not filters or any(_taken(entry) == PACKETS for entry in filters)):
         return True
     taken = {packet for entry in filters for packet in _taken(entry)} if filters else PACKETS
     protocols = {NUMBERS[name] for name in rules["protocols"]} if "protocols" in rules else PROTOCOLS
@@ -145,6 +150,8 @@ def _taken(entry: Json) -> set[Packet]:
     protocol = entry.get("protocol")
     number = NUMBERS.get(protocol, protocol) if protocol is not None else None
     ports = set(_ports(entry.get("ports", [])))
+    if number is not None and "icmp" in entry:
+        return {(number, port) for port in ((None, *PORTS) if MESSAGES[number][entry["icmp"]["type"]] else (None,))}
     return {
         packet
         for packet in PACKETS

@@ -64,6 +64,13 @@ _filters = st.one_of(
         optional={"protocol": st.sampled_from(["TCP", "UDP", "SCTP", 6, 17, 132])},
     ),
     st.fixed_dictionaries({}, optional={"protocol": st.sampled_from([*reference.NUMBERS, *reference.PROTOCOLS])}),
+    st.sampled_from(
+        [
+            {"protocol": protocol, "icmp": {"type": kind}}
+            for protocol, kinds in reference.MESSAGES.items()
+            for kind in kinds
+        ]
+    ),
 )
 _interfaces = st.lists(st.sampled_from(["eth0", "net1", "lo"]), max_size=2, unique=True)
 _seconds = st.sampled_from([0, 1, 60, 3600, 86400])

@@ -38,6 +38,16 @@ def filters(*entries: Fields) -> Fields:
     return {"filters": list(entries)}
 
 
+def whole(*protocols: str | int) -> list[Fields]:
+    """Entries of filters that each take all of a protocol."""
+    return [{"protocol": protocol} for protocol in protocols]
+
+
+def message(protocol: str | int, kind: str | int) -> Fields:
+    """An entry of filters for one kind of ICMP messages."""
+    return {"protocol": protocol, "icmp": {"type": kind}}
+
+
 def expression(key: str, operator: str, *values: str) -> Fields:
     return {"key": key, "operator": operator, "values": list(values)}
 
@@ -162,7 +172,10 @@ PROTOCOLS: list[Case] = [
     ({}, filters({"protocol": 47}), None),
     ({"filters": {"required": True}}, {}, "filters are required"),
     ({"filters": {"required": True}}, filters(HTTP), None),
-    ({"filters": {"required": True}}, filters({}), None),
+    ({"filters": {"required": True}}, filters({"ports": [80]}), None),
+    ({"filters": {"required": True}}, filters({"protocol": 47}), None),
+    ({"filters": {"required": True}}, filters({}), "each filter must name a protocol or ports"),
+    ({"filters": {"required": True}}, filters(HTTP, {}), "each filter must name a protocol or ports"),
     (TCP_ONLY, {}, "filters are required"),
     (TCP_ONLY, filters({}), "each filter must name a protocol: TCP"),
     (TCP_ONLY, filters({"ports": [80]}), "each filter must name a protocol: TCP"),
@@ -211,6 +224,8 @@ ALLOWED_PORTS: list[Case] = [
 
 NO_SSH: Fields = {"filters": {"deniedPorts": [22]}}
 NO_LOW: Fields = {"filters": {"deniedPorts": ["1:1023", 3306]}}
+NEEDS_PORTS = "each filter must name ports out of 80"
+QUOTED = "since errors quote packets, also of ports that are denied (22)"
 UNNAMED = "a filter without ports could take those that are denied (22): name the ports"
 
 DENIED_PORTS: list[Case] = [
@@ -231,9 +246,33 @@ DENIED_PORTS: list[Case] = [
     (NO_SSH, filters({"protocol": 17}), UNNAMED),
     (NO_SSH, filters({"protocol": "SCTP"}), UNNAMED),
     (NO_SSH, filters(HTTP, {"protocol": "TCP"}), UNNAMED),
-    (NO_SSH, filters({"protocol": "ICMP"}), None),
-    (NO_SSH, filters({"protocol": "ICMPv6"}), None),
     (NO_SSH, filters({"protocol": 89}), None),
+    # What a router could not deliver, and redirects, come back within the ICMP message.
+    *(
+        (NO_SSH, filters(entry), f"protocol {entry['protocol']} needs an icmp.type that is no error, {QUOTED}")
+        for entry in (
+            *whole("ICMP", "ICMPv6", 1, 58),
+            *(message("ICMP", kind) for kind in ("destination-unreachable", "redirect", "time-exceeded", 3, 4, 5, 11)),
+            *(message("ICMP", kind) for kind in ("parameter-problem", 12, 31, 40, 253)),
+            *(message("ICMPv6", kind) for kind in ("destination-unreachable", "packet-too-big", "redirect", 0, 127)),
+            message(1, 3),
+            message(58, 137),
+        )
+    ),
+    *(
+        (NO_SSH, filters(entry), None)
+        for entry in (
+            *(message("ICMP", kind) for kind in ("echo-request", "echo-reply", "router-advertisement", 0, 8, 13)),
+            *(message("ICMPv6", kind) for kind in ("echo-request", "neighbor-solicitation", 128, 136, 138, 255)),
+            message(1, 8),
+            message(58, "echo-reply"),
+        )
+    ),
+    (
+        NO_SSH,
+        filters(message("ICMP", 8), message("ICMP", 3)),
+        f"protocol ICMP needs an icmp.type that is no error, {QUOTED}",
+    ),
     # What has ports that can't be named, what tunnels, and IPv6 packets by an extension header's number.
     *(
         (
@@ -241,11 +280,12 @@ DENIED_PORTS: list[Case] = [
             filters({"protocol": protocol}),
             f"protocol {protocol} is not allowed, since it may hold ports that are denied (22)",
         )
-        for protocol in ("UDPLite", 33, 4, 41, 47, 43, 44, 60)
+        for protocol in ("UDPLite", 33, 4, 41, 47, 103, 43, 44, 60)
     ),
     ({"filters": {"allowedPorts": ["1:1000"], "deniedPorts": [22]}}, filters(HTTP), None),
     ({"filters": {"allowedPorts": ["1:1000"], "deniedPorts": [22]}}, filters({"ports": [22]}), "port 22 is denied"),
-    ({"filters": {"protocols": ["ICMP"], "deniedPorts": [22]}}, filters({"protocol": "ICMP"}), None),
+    ({"filters": {"protocols": ["ICMP"], "deniedPorts": [22]}}, filters(message("ICMP", 8)), None),
+    ({"filters": {"protocols": ["ICMP"], "allowedPorts": [80]}}, filters(message("ICMP", 8)), NEEDS_PORTS),
 ]
 
 LOOPBACK = "interface lo is not allowed: the policy has to list it in interfaces.allowed"
