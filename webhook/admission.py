@@ -8,14 +8,14 @@ from datetime import UTC, datetime
 from api.capturepolicy import CapturePolicy
 from api.verdict import Circumstances
 from kube.client import CAPTUREPOLICIES, Client
-from kube.status import StatusError, internal_error
+from kube.status import StatusError, forbidden, internal_error
 from kube.watch import Cache
 from webhook.access import Access
 from webhook.advice import Advice
 from webhook.judge import Policies, judge, judge_kept
 from webhook.namespaces import Namespaces
 from webhook.review import Answer, Request
-from webhook.stamp import capture_of, created_of, deserved, kept, put
+from webhook.stamp import capture_of, created_of, deserved, kept, put, starts_again
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +36,8 @@ class Admission:
             return Answer()
         if (expected := kept(request)) is not None:
             return put(request, expected.annotation)
+        if starts_again(request, self._clock()):
+            return put(request, None)
         try:
             usable = (await self._policies(request)).usable
             circumstances = await self._circumstances(request, usable)
@@ -66,6 +68,8 @@ class Admission:
     async def _judge(self, request: Request) -> Answer:
         if (expected := kept(request)) is not None:
             return judge_kept(request, expected)
+        if starts_again(request, self._clock()):
+            return Answer(refusal=forbidden(_STARTED), audit={"rule": "started"})
         try:
             policies = await self._policies(request)
             circumstances = await self._circumstances(request, policies.usable)
@@ -98,3 +102,6 @@ class Admission:
             created=created_of(request),
             namespace_labels=await self.namespaces.labels(request.namespace) if asks_for_labels else None,
         )
+
+
+_STARTED = "a capture that has started can't start later: create another one"

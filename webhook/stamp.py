@@ -68,6 +68,19 @@ def only_ends(old: PacketCaptureSpec, new: PacketCaptureSpec) -> bool:
     return new.end_time is not None and new.end_time <= old.end_time
 
 
+def starts_again(request: Request, now: datetime) -> bool:
+    """Whether an update moves the start of a capture that has started to a later moment: its longest duration would
+    begin anew each time, and it would keep its place for ever."""
+    if request.operation != "UPDATE":
+        return False
+    try:
+        before, after = PacketCapture.model_validate(request.old_object), PacketCapture.model_validate(request.object)
+    except ValidationError:
+        return False
+    started, starts = before.starts, after.spec.start_time or before.metadata.creation_timestamp
+    return started is not None and started <= now and (starts is None or starts > started)
+
+
 def issue(capture: PacketCapture, policy: CapturePolicy, *, user: User) -> Stamp:
     """The stamp of a capture that the policy allows to the user."""
     return Stamp(

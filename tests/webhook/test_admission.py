@@ -6,11 +6,14 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
 
+import pytest
+
 from kube.client import CAPTUREPOLICIES, NAMESPACES, PODS
 from tests.webhook.cases import capture, create, patched, update
 from tests.webhook.standin import KubeApiserver
 from webhook.admission import Admission
 from webhook.review import Answer
+from webhook.stamp import annotation_of
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 WEB_TEAM = {"namespaceSelector": {"matchLabels": {"team": "web"}}}
@@ -109,3 +112,28 @@ async def test_the_time_of_a_running_capture_counts_from_its_creation_which_nobo
         answer = await made.judge(create(forged))
         assert answer.refusal is not None
         assert answer.refusal.message == "policy p0: endTime is further ahead than 1h0m0s"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "is_refused"),
+    [
+        ({}, {"startTime": "2030-01-01T00:00:00Z"}, True),
+        ({"startTime": "2030-01-01T00:00:00Z"}, {"startTime": "2030-01-01T00:00:01Z"}, True),
+        ({"startTime": "2029-12-31T22:00:00Z"}, {}, True),
+        ({"startTime": "2029-12-31T23:45:00Z"}, {}, False),
+        ({"startTime": "2030-01-01T00:00:01Z"}, {"startTime": "2030-01-01T00:30:00Z"}, False),
+        ({}, {"snapLength": 128}, False),
+    ],
+)
+async def test_a_capture_that_has_started_can_not_start_later(
+    before: dict[str, Any], after: dict[str, Any], *, is_refused: bool
+) -> None:
+    old, new = capture(**before), capture(**after)
+    for item in (old, new):
+        item["metadata"]["creationTimestamp"] = "2029-12-31T23:30:00Z"
+    async with admission(kube_apiserver({})) as made:
+        stamped = patched(new, (await made.stamp(update(old, new))).patch)
+        answer = await made.judge(update(old, stamped))
+    assert (annotation_of(stamped) is None) is is_refused
+    said = None if answer.refusal is None else answer.refusal.message
+    assert said == ("a capture that has started can't start later: create another one" if is_refused else None)
