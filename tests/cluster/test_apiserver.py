@@ -437,8 +437,12 @@ async def test_what_is_not_served_is_refused_even_to_the_mightiest(
 async def test_the_audit_id_is_that_of_kube_apiserver(world: World) -> None:
     answer = await world.get_as_front_proxy(FILES, headers=[("X-Remote-User", "alice"), ("Audit-ID", "b1946ac9-2")])
 
+    async def logged() -> list[Json]:
+        """Written once the answer was sent, and so maybe after it came."""
+        return [json.loads(line) for line in world.log.read_text().splitlines() if "b1946ac9-2" in line]
+
     assert answer.headers["Audit-ID"] == "b1946ac9-2"
-    lines = [json.loads(line) for line in world.log.read_text().splitlines() if "b1946ac9-2" in line]
+    lines = await eventually(logged)
     assert [(line["user"], line["verb"], line["code"]) for line in lines] == [("alice", "get", 200)]
 
 
@@ -465,6 +469,7 @@ async def test_a_download_is_logged_with_its_object_and_its_bytes(world: World) 
 
 async def test_metrics_are_shown_to_those_who_may_read_them_and_on_the_port_for_health(world: World) -> None:
     root = [("X-Remote-User", "root"), ("X-Remote-Group", "system:masters")]
+    await world.get_as_front_proxy(FILES, headers=[("X-Remote-User", "alice")])
 
     refused = await world.get_as_front_proxy("/metrics", headers=[("X-Remote-User", "alice")])
     shown = await world.get_as_front_proxy("/metrics", headers=root)
