@@ -8,18 +8,18 @@ from pydantic import Field
 from api.object import Model, ObjectMeta
 from api.packetcapture import InterfaceName, Ports, Protocol
 from api.quantity import Bytes, Duration
-from api.selector import LabelSelector
+from api.selector import LabelKey, LabelSelector, LabelValue
 
-LabelKey = Annotated[str, Field(min_length=1, max_length=317)]
-"""A label's key: a name of at most 63 characters, and before it perhaps a domain of at most 253 and a slash."""
+_Key = Annotated[LabelKey, Field(min_length=1, max_length=317)]
+_Value = Annotated[LabelValue, Field(max_length=63)]
 
 
 class ForbiddenLabel(Model):
     """A label with values that no captured pod may have."""
 
-    key: LabelKey
+    key: _Key
     """The label."""
-    values: Annotated[list[Annotated[str, Field(max_length=63)]], Field(min_length=1, max_length=64)]
+    values: Annotated[list[_Value], Field(min_length=1, max_length=64)]
     """Its forbidden values."""
 
 
@@ -28,7 +28,7 @@ class SelectorRules(Model):
 
     allow_empty: bool = False
     """Whether a capture may select pods that have no label at all, as all(), and app != 'x', do."""
-    required_keys: Annotated[list[LabelKey], Field(max_length=16)] = Field(default_factory=list)
+    required_keys: Annotated[list[_Key], Field(max_length=16)] = Field(default_factory=list)
     """Labels whose values a selector must list, with == or in, or in matchLabels: every pod that it could match has
     each of these labels with a value out of the list."""
     forbidden: Annotated[list[ForbiddenLabel], Field(max_length=32)] = Field(default_factory=list)

@@ -430,6 +430,10 @@ def _sound(text: str, problems: Sequence[str]) -> str:
     return text
 
 
+LabelKey = Annotated[str, AfterValidator(_sound_key)]
+LabelValue = Annotated[str, AfterValidator(_sound_value)]
+
+
 def _at_most(most: int) -> BeforeValidator:
     def check(value: object) -> object:
         if isinstance(value, list) and len(value) > most:
@@ -445,12 +449,12 @@ _Operator = Literal["In", "NotIn", "Exists", "DoesNotExist"]
 class LabelSelectorRequirement(Model):
     """`metav1.LabelSelectorRequirement`."""
 
-    key: Annotated[str, AfterValidator(_sound_key)]
+    key: LabelKey
     """The label."""
     operator: _Operator
     """How its value relates to `values`."""
     values: Annotated[
-        list[Annotated[str, AfterValidator(_sound_value)]],
+        list[LabelValue],
         Field(max_length=_MOST_VALUES, validate_default=True),
         _at_most(_MOST_VALUES),
     ] = Field(default_factory=list)

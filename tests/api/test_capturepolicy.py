@@ -55,6 +55,19 @@ def test_the_policy_of_the_readme_does_what_it_says(selector: str, ports: list[i
     assert (refused(PacketCaptureSpec.model_validate(fields), documented(), here) is None) is allowed
 
 
+@pytest.mark.parametrize(
+    "selectors",
+    [
+        {"requiredKeys": ["app "]},
+        {"forbidden": [{"key": "a/b/c", "values": ["x"]}]},
+        {"forbidden": [{"key": "tier", "values": ["vault "]}]},
+    ],
+)
+def test_a_rule_on_what_can_be_no_label_is_no_rule_and_refused(selectors: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="Invalid value"):
+        CapturePolicy.model_validate({"metadata": {"name": "p"}, "spec": {"selectors": selectors}})
+
+
 def test_a_policy_of_an_earlier_release_allows_what_it_did() -> None:
     older = CapturePolicy.model_validate({"metadata": {"name": "older"}, "spec": {"limits": {"maxDuration": "24h"}}})
     for fields in (
