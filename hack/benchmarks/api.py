@@ -2,15 +2,12 @@
 
 import argparse
 import asyncio
-import base64
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -20,12 +17,13 @@ from hack.benchmarks.caller import Called, Calls
 from hack.benchmarks.machine import Machine
 from hack.benchmarks.outcome import Goal, Outcome, Spread
 from hack.clusters.bare import BareControlPlane, bare_control_plane
-from hack.clusters.binaries import HACK, find
+from hack.clusters.binaries import HACK
 from hack.clusters.failure import Failure
-from hack.clusters.pki import Authority
-from hack.clusters.ports import free_port
 from kube.client import Json
-from tests.cluster.aggregated import GROUP, SMALL, Server, World, create_capture, eventually, installed
+from tests.cluster.aggregated import GROUP, SMALL, Server, World, create_capture, installed
+from tests.cluster.sample import GROUP as SAMPLE_GROUP
+from tests.cluster.sample import RBAC, sample_server
+from tests.cluster.sample import VERSION as SAMPLE_VERSION
 
 SUMMARY: Final = "p50 and p99 of the list of a capture's files, beside a list of the Go sample server's"
 METHOD: Final = (
@@ -47,10 +45,7 @@ SAMPLE: Final = "sample-apiserver: flunders, directly"
 _MOST_ADDED: Final = 0.001
 _FLUNDERS: Final = 10
 _PATIENCE: Final = 300.0
-_SAMPLE_GROUP: Final = "wardle.example.com"
-_SAMPLE_VERSION: Final = "v1alpha1"
-_SAMPLE_NAME: Final = "sample-apiserver.kubepcap.svc"
-_SAMPLE_LIST: Final = f"/apis/{_SAMPLE_GROUP}/{_SAMPLE_VERSION}/namespaces/dev/flunders"
+_SAMPLE_LIST: Final = f"/apis/{SAMPLE_GROUP}/{SAMPLE_VERSION}/namespaces/dev/flunders"
 
 
 @dataclass(slots=True)
@@ -95,9 +90,12 @@ async def _measure(plane: BareControlPlane, directory: Path, outcome: Outcome, a
     async with installed(plane, directory, program=("-m", "hack.benchmarks.timed", clock)) as world:
         world.agents["node-1"].files = {SMALL: b"packets"}
         await create_capture(world, "dev", "bench", nodes=["node-1"])
-        async with _sample_server(world, directory) as (sample, pid):
-            kinds = _kinds(world, sample, directory)
-            pids = {name: pid if name in (SAMPLE, SAMPLE_THROUGH) else world.process.pid for name in kinds}
+        flunders = [f"flunder-{number}" for number in range(_FLUNDERS)]
+        async with sample_server(
+            world, directory, reviewing=plane.kubeconfig, rights=_rights(), flunders=flunders
+        ) as sample:
+            kinds = _kinds(world, sample.server, directory)
+            pids = {name: sample.pid if name in (SAMPLE, SAMPLE_THROUGH) else world.process.pid for name in kinds}
             for connections in arguments.connections:
                 measured: defaultdict[str, Measured] = defaultdict(Measured)
                 for number in range(arguments.rounds):
@@ -190,88 +188,21 @@ def added(times: list[float]) -> Goal:
     )
 
 
-@asynccontextmanager
-async def _sample_server(world: World, directory: Path) -> AsyncIterator[tuple[Server, int]]:
-    """The Go sample server behind the same kube-apiserver, with some objects that alice may list."""
-    authority = Authority.create("sample")
-    port = free_port()
-    authority.issue("sample-apiserver", hosts=[_SAMPLE_NAME]).write(directory, "sample")
-    server = Server("127.0.0.1", port, _SAMPLE_NAME, authority.certificate.decode())
-    with _running(world.plane, directory, port) as pid:
-        await eventually(lambda: _applied(world, _objects(authority, port)))
-        await eventually(lambda: _applied(world, [_flunder(number) for number in range(_FLUNDERS)]))
-        yield server, pid
-
-
-@contextmanager
-def _running(plane: BareControlPlane, directory: Path, port: int) -> Iterator[int]:
-    command = [
-        "setpriv", "--pdeathsig=KILL", "--", str(find("sample-apiserver")),
-        f"--etcd-servers={plane.etcd_url}",
-        "--bind-address=127.0.0.1",
-        f"--secure-port={port}",
-        f"--tls-cert-file={directory}/sample.crt",
-        f"--tls-private-key-file={directory}/sample.key",
-        *(f"--{use}kubeconfig={plane.kubeconfig}" for use in ("", "authentication-", "authorization-")),
-    ]  # fmt: skip
-    with (directory / "sample-apiserver.log").open("wb") as log:
-        started = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    try:
-        yield started.pid
-    finally:
-        started.kill()
-        started.wait()
-
-
-def _objects(authority: Authority, port: int) -> list[Json]:
-    """The sample server's Service, its APIService, and alice's right to list what it serves."""
-    rbac = "rbac.authorization.k8s.io"
-    role = {"apiGroup": rbac, "kind": "Role", "name": "flunders"}
+def _rights() -> list[Json]:
+    """That of alice to list what the sample server serves."""
+    role = {"apiGroup": RBAC, "kind": "Role", "name": "flunders"}
     return [
         {
-            "apiVersion": "v1",
-            "kind": "Service",
-            "metadata": {"name": "sample-apiserver", "namespace": "kubepcap"},
-            "spec": {"type": "ExternalName", "externalName": "localhost", "ports": [{"port": port}]},
-        },
-        {
-            "apiVersion": "apiregistration.k8s.io/v1",
-            "kind": "APIService",
-            "metadata": {"name": f"{_SAMPLE_VERSION}.{_SAMPLE_GROUP}"},
-            "spec": {
-                "group": _SAMPLE_GROUP,
-                "version": _SAMPLE_VERSION,
-                "groupPriorityMinimum": 1000,
-                "versionPriority": 15,
-                "caBundle": base64.b64encode(authority.certificate).decode(),
-                "service": {"name": "sample-apiserver", "namespace": "kubepcap", "port": port},
-            },
-        },
-        {
-            "apiVersion": f"{rbac}/v1",
+            "apiVersion": f"{RBAC}/v1",
             "kind": role["kind"],
             "metadata": {"name": role["name"], "namespace": "dev"},
-            "rules": [{"apiGroups": [_SAMPLE_GROUP], "resources": ["flunders"], "verbs": ["list"]}],
+            "rules": [{"apiGroups": [SAMPLE_GROUP], "resources": ["flunders"], "verbs": ["list"]}],
         },
         {
-            "apiVersion": f"{rbac}/v1",
+            "apiVersion": f"{RBAC}/v1",
             "kind": "RoleBinding",
             "metadata": {"name": role["name"], "namespace": "dev"},
             "roleRef": role,
-            "subjects": [{"apiGroup": rbac, "kind": "User", "name": "alice"}],
+            "subjects": [{"apiGroup": RBAC, "kind": "User", "name": "alice"}],
         },
     ]
-
-
-def _flunder(number: int) -> Json:
-    return {
-        "apiVersion": f"{_SAMPLE_GROUP}/{_SAMPLE_VERSION}",
-        "kind": "Flunder",
-        "metadata": {"name": f"flunder-{number}", "namespace": "dev"},
-    }
-
-
-async def _applied(world: World, objects: list[Json]) -> bool:
-    listed = {"apiVersion": "v1", "kind": "List", "items": objects}
-    code, _, _ = await world.kubectl("apply", "--validate=false", "--filename=-", given=json.dumps(listed).encode())
-    return code == 0

@@ -1,34 +1,29 @@
 """Our API server and the Go sample server, side by side behind one kube-apiserver."""
 
-import base64
 import http.client
 import itertools
 import json
 import re
 import ssl
-import subprocess
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hack.clusters.bare import BareControlPlane
-from hack.clusters.binaries import find
 from hack.clusters.pki import Authority, Pair, kubeconfig
 from hack.clusters.ports import free_port
 from kube.certificates import KeyPair, ServerTLS
-from kube.client import APISERVICES, Json
-from tests.cluster.aggregated import Server, World, eventually, installed, write_as_service_account
+from kube.client import Json
+from tests.cluster.aggregated import Server, World, installed, write_as_service_account
 from tests.cluster.conformance.reviews import Reviews
+from tests.cluster.sample import GROUP, RBAC, VERSION, sample_server
 
 ALLOWED = "system:conformance"
 """Whoever is in this group may do everything, by RBAC: not `system:masters`, which the Go server asks nobody about."""
 
-_SAMPLE_NAME = "wardle.kubepcap.svc"
-_SAMPLE_APISERVICE = "v1alpha1.wardle.example.com"
-_RBAC = "rbac.authorization.k8s.io"
 
 Headers = Sequence[tuple[str, str]]
 
@@ -162,7 +157,9 @@ async def side_by_side(plane: BareControlPlane, directory: Path) -> AsyncIterato
         world = await stack.enter_async_context(installed(plane, directory, kubeconfig=our_way))
         way = directory / "sample.kubeconfig"
         await write_as_service_account(world, "kubepcap-apiserver", their_way, way)
-        sample = await stack.enter_async_context(_sample_server(world, directory, way))
+        sample = await stack.enter_async_context(
+            sample_server(world, directory, reviewing=way, rights=_rights(), flunders=("web", "other"))
+        )
         our_names = {
             "F": "/files",
             "G": "subresources.kubepcap.io",
@@ -171,107 +168,29 @@ async def side_by_side(plane: BareControlPlane, directory: Path) -> AsyncIterato
         }
         their_names = {
             "F": "",
-            "G": "wardle.example.com",
-            "V": "v1alpha1",
+            "G": GROUP,
+            "V": VERSION,
             "R": "flunders",
         }
         yield Servers(
             world=world,
             ours=Side(world.apiserver, our_reviews, our_names),
-            theirs=Side(sample, their_reviews, their_names),
+            theirs=Side(sample.server, their_reviews, their_names),
             front_proxy=plane.front_proxy.issue("front-proxy-client"),
         )
 
 
-@asynccontextmanager
-async def _sample_server(world: World, directory: Path, reviewing: Path) -> AsyncIterator[Server]:
-    """The Go server; `reviewing` is the kubeconfig by which it authenticates and authorizes."""
-    authority = Authority.create("sample")
-    port = free_port()
-    authority.issue("sample-apiserver", hosts=[_SAMPLE_NAME]).write(directory, "sample")
-    server = Server("127.0.0.1", port, _SAMPLE_NAME, authority.certificate.decode())
-
-    async def is_ready() -> bool:
-        return (await _outcome(server, "/readyz", "GET", (), None)).code == 200
-
-    async def is_available() -> bool:
-        service = await world.client.get(APISERVICES, _SAMPLE_APISERVICE)
-        conditions = (service.get("status") or {}).get("conditions") or []
-        return any(c["type"] == "Available" and c["status"] == "True" for c in conditions)
-
-    with _running(world.plane, directory, port, reviewing):
-        await eventually(is_ready)
-        await _apply(world, _objects(authority, port))
-        await eventually(is_available)
-        await _apply(world, [_flunder("web"), _flunder("other")])
-        yield server
-
-
-@contextmanager
-def _running(plane: BareControlPlane, directory: Path, port: int, reviewing: Path) -> Iterator[None]:
-    # The death signal ends it when the test run is killed.
-    command = [
-        "setpriv", "--pdeathsig=KILL", "--", str(find("sample-apiserver")),
-        f"--etcd-servers={plane.etcd_url}",
-        "--bind-address=127.0.0.1",
-        f"--secure-port={port}",
-        f"--tls-cert-file={directory}/sample.crt",
-        f"--tls-private-key-file={directory}/sample.key",
-        f"--kubeconfig={plane.kubeconfig}",
-        f"--authentication-kubeconfig={reviewing}",
-        f"--authorization-kubeconfig={reviewing}",
-    ]  # fmt: skip
-    with (directory / "sample-apiserver.log").open("wb") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait()
-
-
-async def _apply(world: World, objects: Iterable[Json]) -> None:
-    listed = json.dumps({"apiVersion": "v1", "kind": "List", "items": list(objects)}).encode()
-    complaint = ""
-
-    async def applied() -> bool:
-        nonlocal complaint
-        code, _, complaint = await world.kubectl("apply", "--validate=false", "--filename=-", given=listed)
-        return code == 0
-
-    await eventually(applied)
-
-
-def _objects(authority: Authority, port: int) -> list[Json]:
-    """The sample server's Service and APIService, and the right to everything for those in `ALLOWED`."""
+def _rights() -> list[Json]:
+    """The right to everything for those in `ALLOWED`."""
     return [
         {
-            "apiVersion": "v1",
-            "kind": "Service",
-            "metadata": {"name": "wardle", "namespace": "kubepcap"},
-            "spec": {"type": "ExternalName", "externalName": "localhost", "ports": [{"port": port}]},
-        },
-        {
-            "apiVersion": APISERVICES.api_version,
-            "kind": APISERVICES.kind,
-            "metadata": {"name": _SAMPLE_APISERVICE},
-            "spec": {
-                "group": "wardle.example.com",
-                "version": "v1alpha1",
-                "groupPriorityMinimum": 100,
-                "versionPriority": 15,
-                "caBundle": base64.b64encode(authority.certificate).decode(),
-                "service": {"name": "wardle", "namespace": "kubepcap", "port": port},
-            },
-        },
-        {
-            "apiVersion": f"{_RBAC}/v1",
+            "apiVersion": f"{RBAC}/v1",
             "kind": "ClusterRoleBinding",
             "metadata": {"name": ALLOWED},
-            "roleRef": {"apiGroup": _RBAC, "kind": "ClusterRole", "name": "cluster-admin"},
+            "roleRef": {"apiGroup": RBAC, "kind": "ClusterRole", "name": "cluster-admin"},
             "subjects": [
-                {"apiGroup": _RBAC, "kind": "Group", "name": ALLOWED},
-                *({"apiGroup": _RBAC, "kind": "User", "name": name} for name in allowed_users()),
+                {"apiGroup": RBAC, "kind": "Group", "name": ALLOWED},
+                *({"apiGroup": RBAC, "kind": "User", "name": name} for name in allowed_users()),
             ],
         },
     ]
@@ -280,11 +199,3 @@ def _objects(authority: Authority, port: int) -> list[Json]:
 def allowed_users() -> Iterator[str]:
     """Users who may do everything without being in a group; each is asked about once."""
     return (f"allowed-{number}" for number in range(200))
-
-
-def _flunder(name: str) -> Json:
-    return {
-        "apiVersion": "wardle.example.com/v1alpha1",
-        "kind": "Flunder",
-        "metadata": {"name": name, "namespace": "dev"},
-    }
